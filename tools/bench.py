@@ -1,0 +1,162 @@
+"""Ratios of processor time, measured in one run (make bench).
+
+1. `artlib.sample` against a bare loop around the same network.
+2. The closed form: what it costs, by number of trajectories and by dimension, in
+   network evaluations on the same batch.
+3. The acceleration by forward mode (jvp) against the difference along the path.
+
+Processor time, not time on the clock: others on the machine do not count. For that the
+bench runs on one thread. Exits with status 1 if sampling costs more than LIMIT times the bare loop.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+import artlib
+
+LIMIT = 1.03
+STEPS = 20
+PROCESS = artlib.VE()
+
+
+class Network(nn.Module):
+    """A residual network of about a million weights with EDM's preconditioning."""
+
+    def __init__(self, dimension: int, width: int = 512) -> None:
+        super().__init__()
+        self.first = nn.Linear(dimension + 1, width)
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+        self.last = nn.Linear(width, dimension)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        scale = 1 + t**2
+        noise = (t.log() / 4).expand(x.shape[0], 1).to(x.dtype)
+        h = self.first(torch.cat([x / scale.sqrt(), noise], dim=1))
+        for block in self.blocks:
+            h = h + block(nn.functional.silu(h))
+        return x / scale + t / scale.sqrt() * self.last(h)
+
+
+def problem(samples: int, dimension: int) -> tuple[Network, Tensor]:
+    """A network with fixed weights and float32 noise to start from."""
+    generator = torch.Generator().manual_seed(0)
+    network = Network(dimension)
+    with torch.no_grad():
+        for weight in network.parameters():
+            fan_in = weight.shape[-1]
+            weight.copy_(torch.randn(weight.shape, generator=generator) / fan_in**0.5)
+    noise = torch.randn(samples, dimension, generator=generator)
+    return network.requires_grad_(False), PROCESS.t_max * noise
+
+
+def fastest(*runs: Callable[[], object], repeats: int = 10) -> list[float]:
+    """Least processor time of each run in seconds, the runs taking turns."""
+    best = [float("inf")] * len(runs)
+    gc.disable()
+    for _ in range(repeats + 1):  # the first round warms up, and is rarely the best
+        for i, run in enumerate(runs):
+            start = time.process_time()
+            run()
+            best[i] = min(best[i], time.process_time() - start)
+    gc.enable()
+    return best
+
+
+def euler_by_hand(network: Network, x: Tensor, nodes: list[float]) -> Tensor:
+    for t, t_next in pairwise(nodes):
+        x = x + (t_next - t) / t * (x - network(x, torch.tensor(t)))
+    return x
+
+
+def heun_by_hand(network: Network, x: Tensor, nodes: list[float]) -> Tensor:
+    for t, t_next in pairwise(nodes):
+        slope = (x - network(x, torch.tensor(t))) / t
+        end = x + (t_next - t) * slope
+        if t_next > 0:
+            slope = (slope + (end - network(end, torch.tensor(t_next))) / t_next) / 2
+            end = x + (t_next - t) * slope
+        x = end
+    return x
+
+
+def bench_sample() -> float:
+    """Print and return the worst ratio of `sample` to a bare loop."""
+    network, x_T = problem(256, 784)
+    flow = artlib.ProbabilityFlow(PROCESS, network)
+    grid = artlib.edm(PROCESS).grid(STEPS)
+    nodes = grid.tolist()
+    worst = 0.0
+    print(f"sample / bare loop, {STEPS} steps, 256 samples of dimension 784")
+    for solver, by_hand in (("euler", euler_by_hand), ("heun", heun_by_hand)):
+        ours, bare = fastest(
+            partial(artlib.sample, flow, x_T, grid, solver=solver),
+            partial(by_hand, network, x_T, nodes),
+        )
+        worst = max(worst, ours / bare)
+        print(f"  {solver:6s} {ours / bare:6.3f}   (limit {LIMIT})")
+    return worst
+
+
+def bench_closed_form() -> None:
+    """Print the cost of `art` in evaluations of the network on the same batch."""
+    print("\nart(flow, x_T) by the difference, in evaluations on the same batch")
+    print(
+        "  trajectories  dimension    NFE    time / evaluation    time / (NFE of them)"
+    )
+    for samples, dimension in ((16, 784), (64, 784), (256, 784), (64, 64), (64, 3072)):
+        network, x_T = problem(samples, dimension)
+        flow = artlib.ProbabilityFlow(PROCESS, network, acceleration="difference")
+        nfe = artlib.stiffness_table(flow, x_T).nfe
+        whole, one = fastest(
+            partial(artlib.art, flow, x_T),
+            partial(network, x_T, torch.tensor(1.0)),
+            repeats=3,
+        )
+        share = whole / one / nfe
+        print(
+            f"{samples:14d} {dimension:10d} {nfe:6d} {whole / one:20.0f} {share:23.2f}"
+        )
+
+
+def bench_acceleration() -> None:
+    """Print time and result of forward mode relative to the difference."""
+    print("\njvp / difference, stiffness table of 64 trajectories")
+    print("  dimension    time    lower bound of the cost")
+    for dimension in (64, 784, 3072):
+        network, x_T = problem(64, dimension)
+        tables = [
+            partial(
+                artlib.stiffness_table,
+                artlib.ProbabilityFlow(PROCESS, network, acceleration=method),
+                x_T,
+            )
+            for method in ("jvp", "difference")
+        ]
+        jvp, difference = fastest(*tables, repeats=2)
+        bounds = [table().lower_bound() for table in tables]
+        ratio = bounds[0] / bounds[1]
+        print(f"  {dimension:9d} {jvp / difference:7.2f} {ratio:26.4f}")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    worst = bench_sample()
+    bench_closed_form()
+    bench_acceleration()
+    if worst > LIMIT:
+        sys.exit(
+            f"sample took {worst:.3f} times the bare loop, at most {LIMIT} allowed"
+        )
+
+
+if __name__ == "__main__":
+    main()
