@@ -1,0 +1,246 @@
+r"""From whatever a network predicts to one denoiser :math:`D(x, t) \approx E[x_0|x_t]`.
+
+With :math:`x = \alpha x_0 + \sigma\epsilon`, every common output is linear in D:
+
+| the network predicts | :math:`D` |
+| --- | --- |
+| :math:`\epsilon` | :math:`(x - \sigma\epsilon) / \alpha` |
+| the score s | :math:`(x + \sigma^2 s) / \alpha` |
+| the velocity v | :math:`(\sigma v - \dot\sigma x) / w` |
+| :math:`x_0` | itself |
+| EDM's raw F | :math:`c_{skip} x + c_{out} F(c_{in} x, c_{noise})` |
+
+with :math:`v = \dot\alpha x_0 + \dot\sigma\epsilon` and
+:math:`w = \sigma\dot\alpha - \alpha\dot\sigma`.
+
+A denoiser is any callable ``D(x, t)``; these functions return one. Only the network
+works in its own dtype; the sums are done in that of the state. At small noise x and D
+agree in all the digits that half precision has, and their difference is what counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import finite_float
+from ._types import DenoiserFn
+from .processes import Process, as_time
+
+Prediction = Callable[[Tensor, Tensor], Tensor]
+"""A network's raw call ``net(x, t)``."""
+
+
+class Denoiser(nn.Module):
+    """A network's output turned into a denoiser ``D(x, t)``.
+
+    It is an ``nn.Module``, so ``.to(device)`` and ``.eval()`` reach the network, which
+    is called in the dtype of its parameters; the result has the dtype of ``x``.
+
+    Args:
+        network: The raw network, ``network(x, t)``.
+        process: The process it was trained under.
+        convert: Maps (x, prediction, t) to the denoised sample.
+
+    Raises:
+        TypeError: If ``process`` is no process or ``network`` not callable.
+    """
+
+    def __init__(
+        self,
+        network: Prediction,
+        process: Process,
+        convert: Callable[[Tensor, Prediction, Tensor], Tensor],
+    ) -> None:
+        super().__init__()
+        if not isinstance(process, Process):
+            raise TypeError(
+                "process: expected an artlib process such as artlib.VE(), got "
+                f"{type(process).__name__}; the process comes before the network"
+            )
+        if not callable(network):
+            raise TypeError(
+                f"network: expected a callable, got {type(network).__name__}"
+            )
+        self.network = network
+        self.process = process
+        self._convert = convert
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Denoise: x [n, *shape] at time t -> [n, *shape]."""
+        return self._convert(x, self._predict, t)
+
+    def _predict(self, x: Tensor, t: Tensor) -> Tensor:
+        dtype = network_dtype(self.network) or x.dtype
+        return self.network(x.to(dtype), t.to(dtype)).to(x.dtype)
+
+
+def network_dtype(denoiser: Callable[..., Tensor]) -> torch.dtype | None:
+    """The dtype of a network's first parameter, also behind a `CountNFE`.
+
+    Returns:
+        The dtype, or None where there is no parameter.
+    """
+    for layer in _unwrap(denoiser):
+        if isinstance(layer, nn.Module):
+            for parameter in layer.parameters():
+                if parameter.is_floating_point():
+                    return parameter.dtype
+    return None
+
+
+def casts_itself(denoiser: DenoiserFn) -> bool:
+    """Whether a denoiser takes care of its network's dtype, as a `Denoiser` does."""
+    return any(isinstance(layer, Denoiser) for layer in _unwrap(denoiser))
+
+
+def _unwrap(denoiser: Callable[..., Tensor]) -> list[Callable[..., Tensor]]:
+    """A callable and all that it wraps as its ``denoiser``, from outside in."""
+    layers = [denoiser]
+    while callable(inner := getattr(layers[-1], "denoiser", None)):
+        layers.append(inner)
+    return layers
+
+
+def _coefficient(value: Tensor, x: Tensor) -> Tensor:
+    """A process coefficient, computed in float64, in the dtype of the state."""
+    return value.to(dtype=x.dtype, device=x.device)
+
+
+def from_epsilon(process: Process, network: Prediction) -> Denoiser:
+    r"""Denoiser from a noise prediction: :math:`D = (x - \sigma\epsilon) / \alpha`.
+
+    Args:
+        process: The process it was trained under; with alpha = 0 at ``t_max``
+            (`RectifiedFlow`) a noise prediction says nothing about x_0 there.
+        network: ``network(x, t) -> epsilon``, same shape as ``x``.
+    """
+
+    def convert(x: Tensor, net: Prediction, t: Tensor) -> Tensor:
+        s = as_time(t)
+        alpha, sigma = (
+            _coefficient(c, x) for c in (process.alpha(s), process.sigma(s))
+        )
+        return (x - sigma * net(x, t)) / alpha
+
+    return Denoiser(network, process, convert)
+
+
+def from_score(process: Process, network: Prediction) -> Denoiser:
+    r"""Denoiser from a score network (Tweedie): :math:`D = (x + \sigma^2 s)/\alpha`.
+
+    Args:
+        process: The process it was trained under.
+        network: ``network(x, t) -> score``, same shape as ``x``.
+    """
+
+    def convert(x: Tensor, net: Prediction, t: Tensor) -> Tensor:
+        s = as_time(t)
+        alpha, sigma = (
+            _coefficient(c, x) for c in (process.alpha(s), process.sigma(s))
+        )
+        return (x + sigma**2 * net(x, t)) / alpha
+
+    return Denoiser(network, process, convert)
+
+
+def from_velocity(process: Process, network: Prediction) -> Denoiser:
+    r"""Denoiser from a prediction of :math:`\dot\alpha x_0 + \dot\sigma\epsilon`.
+
+    In `RectifiedFlow` that is flow matching's :math:`\epsilon - x_0`. It is the
+    velocity in the process's own time; the "v-prediction" of diffusion models,
+    :math:`\alpha\epsilon - \sigma x_0`, is another thing.
+
+    Args:
+        process: The process it was trained under.
+        network: ``network(x, t) -> velocity``, same shape as ``x``.
+    """
+
+    def convert(x: Tensor, net: Prediction, t: Tensor) -> Tensor:
+        s = as_time(t)
+        sigma, sigma_dot = process.sigma(s), process.sigma_dot(s)
+        wronskian = sigma * process.alpha_dot(s) - process.alpha(s) * sigma_dot
+        on_v = _coefficient(sigma / wronskian, x)
+        on_x = _coefficient(sigma_dot / wronskian, x)
+        return on_v * net(x, t) - on_x * x
+
+    return Denoiser(network, process, convert)
+
+
+def from_x0(process: Process, network: Prediction) -> Denoiser:
+    """Denoiser from a network that predicts the clean sample: itself.
+
+    Args:
+        process: The process it was trained under.
+        network: ``network(x, t) -> x0_hat``, same shape as ``x``.
+    """
+    return Denoiser(network, process, lambda x, net, t: net(x, t))
+
+
+def from_edm(
+    process: Process, network: Prediction, *, sigma_data: float = 0.5
+) -> Denoiser:
+    r"""Denoiser from EDM's raw network F, with its preconditioning.
+
+    .. math::
+        D = c_{skip} y + c_{out} F(c_{in} y,\ \tfrac14 \log\sigma), \quad
+        c_{skip} = \tfrac{\sigma_d^2}{\sigma^2 + \sigma_d^2},\
+        c_{out} = \tfrac{\sigma\sigma_d}{\sqrt{\sigma^2 + \sigma_d^2}},\
+        c_{in} = \tfrac{1}{\sqrt{\sigma^2 + \sigma_d^2}}
+
+    with :math:`y = x/\alpha` and :math:`\sigma` the noise level :math:`\sigma/\alpha`.
+
+    Args:
+        process: The process to sample under; its noise level must stay finite.
+        network: ``network(c_in * y, c_noise) -> F``.
+        sigma_data: Standard deviation of the data.
+
+    References:
+        Karras et al., https://arxiv.org/abs/2206.00364, eq. (7) and Table 1.
+    """
+    sigma_data = finite_float(sigma_data, "sigma_data", positive=True)
+
+    def convert(x: Tensor, net: Prediction, t: Tensor) -> Tensor:
+        s = as_time(t)
+        level = process.noise_level(s)
+        total = level**2 + sigma_data**2
+        skip = _coefficient(sigma_data**2 / total, x)
+        out = _coefficient(level * sigma_data / total.sqrt(), x)
+        scale = _coefficient(1 / total.sqrt(), x)
+        noise = _coefficient(level.log() / 4, x)
+        y = x / _coefficient(process.alpha(s), x)
+        return skip * y + out * net(scale * y, noise)
+
+    return Denoiser(network, process, convert)
+
+
+class CountNFE:
+    """A denoiser that counts its network evaluations (NFE).
+
+    One call on a batch is one evaluation, as in the literature.
+
+    Args:
+        denoiser: Any callable ``D(x, t)``.
+
+    Attributes:
+        nfe: Evaluations since the start or the last `reset`.
+    """
+
+    def __init__(self, denoiser: DenoiserFn) -> None:
+        if not callable(denoiser):
+            raise TypeError(
+                f"denoiser: expected a callable D(x, t), got {type(denoiser).__name__}"
+            )
+        self.denoiser = denoiser
+        self.nfe = 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """Count one evaluation and hand the call on."""
+        self.nfe += 1
+        return self.denoiser(x, t)
+
+    def reset(self) -> None:
+        """Set the count to 0."""
+        self.nfe = 0

@@ -1,0 +1,301 @@
+r"""The probability-flow ODE of a denoiser, its acceleration and reference paths.
+
+Equation (2) of the paper. With the denoiser D and
+:math:`\hat\epsilon = (x - \alpha D) / \sigma` the velocity in process time is
+
+.. math:: v(x, t) = \dot\alpha\, D + \dot\sigma\, \hat\epsilon .
+
+What an Euler step leaves behind is set by the **acceleration along the path**, eq. (8),
+:math:`Q = (\partial_x v)\, v + \partial_t v`, the total derivative of v. Writing
+:math:`\dot D = (\partial_x D)\, v + \partial_t D` for the total derivative of the
+denoiser, the terms in :math:`\dot\sigma^2/\sigma^2` cancel and
+
+.. math::
+    Q = \ddot\alpha\, D + \ddot\sigma\, \hat\epsilon
+        + \bigl(\dot\alpha - \alpha\dot\sigma/\sigma\bigr)\, \dot D ,
+
+so for `VE` simply :math:`Q = -\dot D / t` (ours; it avoids the cancellation that costs
+float32 its digits at small t). Only :math:`\dot D` needs work: one forward-mode
+Jacobian-vector product of the network in direction (v, 1), or a difference of D along
+the path. The sign of the time axis does not matter to Q.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._checks import check_samples
+from ._log_level import log_level, log_level_dot
+from ._path_derivative import Acceleration, PathDerivative, derivative_matrix
+from ._reference_path import Trajectory, integrate
+from ._types import DenoiserFn, TimeLike
+from .denoisers import casts_itself, network_dtype
+from .processes import VE, Process, as_time
+
+
+class ProbabilityFlow:
+    r"""The ODE that a process and a denoiser define.
+
+    Args:
+        process: The noising process.
+        denoiser: Any callable ``D(x, t) -> x0_hat``. It gets ``x`` [N, *shape] in its
+            own dtype and ``t`` as a 0-d tensor, or [N, 1, ..., 1] for per-sample
+            times: both broadcast against ``x``.
+        acceleration: How :math:`\dot D` is taken. ``"jvp"``: forward mode, checked once
+            against a difference; ``"difference"``: no derivative of the network;
+            ``"auto"``: forward mode where it works, else the difference, with a
+            `ForwardModeWarning`. A network that rejects forward mode (attention
+            kernels) and one that silently drops it (a forward under
+            ``torch.inference_mode``) are both detected.
+        dtype: dtype in which the network is called; by default that of its first
+            parameter, and that of ``x`` where it has none.
+
+    Attributes:
+        process: The noising process.
+        denoiser: The denoiser as given.
+        dtype: dtype of the network's calls, or None for that of ``x``.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        denoiser: DenoiserFn,
+        *,
+        acceleration: Acceleration = "auto",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(process, Process):
+            raise TypeError(
+                "process: expected an artlib process such as artlib.VE(), got "
+                f"{type(process).__name__}"
+            )
+        if not callable(denoiser):
+            raise TypeError(
+                "denoiser: expected a callable D(x, t) -> x0_hat, got "
+                f"{type(denoiser).__name__}"
+            )
+        self.process = process
+        self.denoiser = denoiser
+        self.dtype = dtype if dtype is not None else network_dtype(denoiser)
+        # A `Denoiser` casts for its network and keeps its own sums in x's dtype.
+        self._casts = dtype is not None or not casts_itself(denoiser)
+        self._derivative = PathDerivative(acceleration, process.t_max, self.dtype)
+
+    @property
+    def acceleration_method(self) -> Acceleration:
+        """The method in force: ``"auto"`` until the first use has settled it."""
+        return self._derivative.method
+
+    def with_denoiser(self, denoiser: DenoiserFn) -> ProbabilityFlow:
+        """The same flow around another callable, such as a `CountNFE` of its own.
+
+        What has been learned about forward mode is shared with the copy.
+
+        Args:
+            denoiser: A callable that computes the same function.
+        """
+        flow = copy.copy(self)
+        flow.denoiser = denoiser
+        return flow
+
+    def denoise(self, x: Tensor, t: TimeLike) -> Tensor:
+        r"""The denoiser's answer in the dtype of ``x``.
+
+        Args:
+            x: States [N, *shape].
+            t: Process time; a number, 0-d, or broadcastable against ``x``.
+
+        Returns:
+            Denoised states [N, *shape].
+
+        Raises:
+            TypeError: If the denoiser does not return a tensor.
+            ValueError: If it returns another shape.
+        """
+        time = as_time(t, x.device)
+        dtype = (self.dtype if self._casts else None) or x.dtype
+        denoised = self.denoiser(x.to(dtype), time.to(dtype))
+        if not isinstance(denoised, Tensor):
+            raise TypeError(
+                "denoiser: expected it to return a tensor, got "
+                f"{type(denoised).__name__}; unwrap the network's output (.sample)"
+            )
+        if denoised.shape != x.shape:
+            raise ValueError(
+                f"denoiser: expected the shape {tuple(x.shape)} of its input, got "
+                f"{tuple(denoised.shape)}; a network that also predicts a variance "
+                "needs its output cut"
+            )
+        return denoised.to(x.dtype)
+
+    def velocity(self, x: Tensor, t: TimeLike) -> Tensor:
+        r"""Velocity dx/dt of the flow in process time.
+
+        The paper's F of eq. (5) is its negative: the paper counts the diffusion time
+        already undone.
+
+        Args:
+            x: States [N, *shape].
+            t: Process time > 0.
+
+        Returns:
+            dx/dt [N, *shape], in the dtype of ``x``.
+        """
+        return self.velocity_from(self.denoise(x, t), x, t)
+
+    def velocity_from(self, denoised: Tensor, x: Tensor, t: TimeLike) -> Tensor:
+        """The velocity at (x, t) where D(x, t) [N, *shape] is known already."""
+        s = as_time(t, x.device)
+        p = self.process
+        ratio = p.sigma_dot(s) / p.sigma(s)
+        on_x = ratio.to(x.dtype)
+        on_d = (p.alpha_dot(s) - p.alpha(s) * ratio).to(x.dtype)
+        return on_x * x + on_d * denoised
+
+    def acceleration(self, x: Tensor, t: TimeLike) -> Tensor:
+        r"""Acceleration :math:`Q = d^2x/dt^2` along the path through (x, t), eq. (8).
+
+        Args:
+            x: States [N, *shape].
+            t: Process time > 0.
+
+        Returns:
+            Q [N, *shape], in the dtype of ``x``; no graph is kept.
+
+        Raises:
+            RuntimeError: With ``acceleration="jvp"``, if the network rejects forward
+                mode or silently drops it.
+        """
+        # A JVP under inference mode is silently zero; clones made outside it are
+        # ordinary tensors again.
+        with torch.inference_mode(False), torch.no_grad():
+            x = x.clone() if x.is_inference() else x.detach()
+            s = as_time(t, x.device)
+            s = s.clone() if s.is_inference() else s.detach()
+            denoised = self.denoise(x, s)
+            velocity = self.velocity_from(denoised, x, s)
+            rate = self._derivative.rate(self.denoise, x, s, velocity)
+            return self.acceleration_from(x, s, denoised, rate)
+
+    def acceleration_from(
+        self, x: Tensor, t: TimeLike, denoised: Tensor, rate: Tensor
+    ) -> Tensor:
+        r"""Q from D and its total derivative (the formula of the module's head).
+
+        Args:
+            x: States [N, *shape].
+            t: Process time > 0.
+            denoised: D(x, t) [N, *shape].
+            rate: :math:`\dot D` [N, *shape].
+        """
+        s = as_time(t, x.device)
+        p = self.process
+        alpha, sigma = p.alpha(s), p.sigma(s)
+        on_noise = (p.sigma_ddot(s) / sigma).to(x.dtype)
+        on_d = p.alpha_ddot(s).to(x.dtype)
+        on_rate = (p.alpha_dot(s) - alpha * p.sigma_dot(s) / sigma).to(x.dtype)
+        noise = x - alpha.to(x.dtype) * denoised
+        return on_d * denoised + on_noise * noise + on_rate * rate
+
+    def stiffness(self, x: Tensor, t: TimeLike) -> Tensor:
+        """Euclidean norm |Q| per sample, [N]; see `acceleration`."""
+        return self.acceleration(x, t).flatten(1).norm(dim=1)
+
+    def trajectory(
+        self,
+        x_T: Tensor,
+        times: Tensor | Sequence[float],
+        *,
+        method: str = "rk4",
+        rtol: float = 1e-6,
+    ) -> Trajectory:
+        """Reference paths through ``x_T``, in float64, at descending times.
+
+        Args:
+            x_T: States at ``times[0]``, [N, *shape].
+            times: Descending process times [n] in (0, t_max].
+            method: ``"heun"`` or ``"rk4"`` (torchdiffeq's 3/8 rule), one step between
+                neighbouring times, or ``"dopri5"``.
+            rtol: Relative (and absolute) tolerance of dopri5.
+
+        Returns:
+            A `Trajectory`; no graph is kept.
+
+        Raises:
+            ValueError: If the method is unknown, the times are out of their range, or
+                a state becomes non-finite.
+        """
+        return integrate(self, check_samples(x_T), times, method, rtol)
+
+    def path_stiffness(self, path: Trajectory) -> Tensor:
+        r"""|Q| at every node of reference paths, by the method in force.
+
+        With the difference, :math:`\dot D` is a five-point derivative of the denoised
+        states in `log_level`: no evaluation beyond those of the path.
+
+        Args:
+            path: From `trajectory`, with at least five times.
+
+        Returns:
+            |Q| [N, n], float64.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            column = path.times.reshape(-1, *[1] * (path.states.ndim - 1))
+            rate = self._forward_rates(path)
+            if rate is None:
+                level = log_level(self.process, path.times)
+                weights = derivative_matrix(level).to(path.states)
+                flat = path.denoised.reshape(len(level), -1)
+                rate = (weights @ flat).reshape(path.states.shape)
+                rate = rate * log_level_dot(self.process, column)
+            q = self.acceleration_from(path.states, column, path.denoised, rate)
+            return q.flatten(2).norm(dim=2).T.contiguous()
+
+    def _forward_rates(self, path: Trajectory) -> Tensor | None:
+        """JVPs at all nodes, or None where the difference is to be used."""
+        rows = []
+        for t, x, v in zip(path.times, path.states, path.velocities, strict=True):
+            row = self._derivative.forward(
+                self.denoise, x.clone(), t.clone(), v.clone()
+            )
+            if row is None:
+                return None
+            rows.append(row)
+        return torch.stack(rows)
+
+    def to_ve(self) -> ProbabilityFlow:
+        r"""The same model in coordinates :math:`x/\alpha` and :math:`\sigma/\alpha`.
+
+        There the process is `VE`, an Euler step is a DDIM step, and a grid is a list
+        of the sigmas that diffusers, k-diffusion and EDM use for variance-preserving
+        models too. States convert as ``x / process.alpha(t)``.
+
+        Raises:
+            ValueError: If the noise level at ``t_max`` is infinite (`RectifiedFlow`
+                with t_max = 1).
+        """
+        low, high = (
+            float(self.process.noise_level(t))
+            for t in (self.process.t_min, self.process.t_max)
+        )
+        if not high < float("inf"):
+            raise ValueError(
+                f"to_ve: the noise level is infinite at t_max = {self.process.t_max}; "
+                "use RectifiedFlow(t_max=0.999)"
+            )
+        process = self.process
+
+        def denoiser(y: Tensor, level: Tensor) -> Tensor:
+            t = process.inverse_noise_level(level.double())
+            alpha = process.alpha(t).to(y.dtype)
+            return self.denoise(alpha * y, t)
+
+        flow = ProbabilityFlow(VE(sigma_min=low, sigma_max=high), denoiser)
+        # The conversion is done in the dtype of the state, but a difference has to
+        # step as far as the rounding of the network asks for.
+        flow._derivative = PathDerivative(self.acceleration_method, high, self.dtype)
+        return flow
