@@ -1,0 +1,178 @@
+"""Schedule files: versioned JSON text, checked when read, written atomically.
+
+A file is one JSON object, ``{"format": "artlib-schedule", "version": 1, ...}``, with
+every float at full precision, so reading it back gives the same schedule to the last
+bit. It is data only: nothing in it is executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from ._time_change import BetaQuantiles, Linear, NoiseWarp, TimeChange
+from ._time_table import Table, uniform_clock
+from .processes import Process
+
+FORMAT = "artlib-schedule"
+VERSION = 1
+KEYS = ("name", "process", "time_change", "last_step", "provenance")
+
+
+class ScheduleFormatError(ValueError):
+    """A schedule file that cannot be used; the message names it and the remedy."""
+
+
+def library_version() -> str:
+    """The library's version, as recorded in every schedule."""
+    # Here, not above: the package imports this module while it is being imported.
+    from . import __version__
+
+    return __version__
+
+
+def dumps(payload: dict[str, Any]) -> str:
+    """The JSON text of a schedule: one key a line, a list on one line.
+
+    Raises:
+        ValueError: If a number is NaN or infinite.
+        TypeError: If a value has no JSON form.
+    """
+    data = {"format": FORMAT, "version": VERSION, **payload}
+    lines = [
+        f"  {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in data.items()
+    ]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def loads(text: str, source: str) -> dict[str, Any]:
+    """Parse and check the JSON text of a schedule.
+
+    Args:
+        text: The file's content.
+        source: The file's name, for the messages.
+
+    Returns:
+        The object, with all of `KEYS` present.
+
+    Raises:
+        ScheduleFormatError: If it is not JSON, no schedule, newer, incomplete, or
+            holds a number that is not finite.
+    """
+
+    def refuse(token: str) -> float:
+        raise ScheduleFormatError(
+            f"{source}: holds {token}, which is not a finite number; the file was "
+            "damaged or written by a faulty run: learn or export the schedule again"
+        )
+
+    def finite(token: str) -> float:
+        # 1e999 is valid JSON and reads as infinity.
+        return number if math.isfinite(number := float(token)) else refuse(token)
+
+    try:
+        data = json.loads(text, parse_constant=refuse, parse_float=finite)
+    except ScheduleFormatError:
+        raise
+    except ValueError as error:
+        raise ScheduleFormatError(
+            f"{source}: not valid JSON ({error}); the file is truncated or no "
+            "schedule: write it again with Schedule.save"
+        ) from error
+    except RecursionError as error:
+        raise ScheduleFormatError(f"{source}: nested too deep, no schedule") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ScheduleFormatError(
+            f'{source}: JSON, but no schedule (expected "format": "{FORMAT}"); for a '
+            "plain list of timesteps use from_grid"
+        )
+    version = data.get("version")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ScheduleFormatError(
+            f"{source}: version is {version!r}, expected an integer from 1 "
+            f"to {VERSION}; write the file again with Schedule.save"
+        )
+    if version > VERSION:
+        raise ScheduleFormatError(
+            f"{source}: written in version {version} of the format, this library reads "
+            f"up to {VERSION}; upgrade it with pip install -U art-diffusion"
+        )
+    missing = [key for key in KEYS if key not in data]
+    if missing:
+        raise ScheduleFormatError(
+            f"{source}: lacks {', '.join(missing)}; write it again with Schedule.save"
+        )
+    return data
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ScheduleFormatError: If it is not UTF-8 text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ScheduleFormatError(
+            f"{os.fspath(path)}: not a text file; a schedule is JSON written by "
+            "Schedule.save (pickles and checkpoints are never loaded here)"
+        ) from error
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file atomically: after a failure the old one stands, or none.
+
+    The text goes to a temporary file in the same folder, is flushed to the disk, and
+    replaces the target in one operation. A symbolic link is followed.
+
+    Raises:
+        OSError: If the folder cannot be written to; nothing half-written remains.
+    """
+    target = Path(os.path.realpath(path))
+    # A plain exclusive open, unlike mkstemp, leaves the usual permissions.
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def time_change_from_dict(process: Process, data: dict[str, Any]) -> TimeChange:
+    """Rebuild a time change from `TimeChange.to_dict`.
+
+    Raises:
+        KeyError: If a parameter is missing.
+        ValueError: If the kind is unknown or a parameter does not fit.
+        TypeError: If a parameter is of the wrong type.
+    """
+    kind = data["kind"]
+    if kind == Linear.kind:
+        return Linear(process)
+    if kind == NoiseWarp.kind:
+        rho = float(data["rho"]) if "rho" in data else None
+        return NoiseWarp(process, data["warp"], rho)
+    if kind == BetaQuantiles.kind:
+        return BetaQuantiles(process, float(data["a"]), float(data["b"]))
+    if kind == Table.kind:
+        times = tuple(float(t) for t in data["times"])
+        if "clock" in data:
+            clock = tuple(float(c) for c in data["clock"])
+        elif len(times) >= 2:
+            clock = uniform_clock(times[0] - times[-1], len(times))
+        else:
+            raise ValueError(f"times: expected at least 2 knots, got {len(times)}")
+        return Table(clock, times, data["interpolation"])
+    raise ValueError(f"time change: unknown kind {kind!r}")
