@@ -1,0 +1,259 @@
+r"""|Q| along reference trajectories, and the closed form that follows from it.
+
+The mathematics is in `artlib.control`. Integrals over time are trapezoids on a fine
+grid, even in the log noise level, on which |Q| of every trajectory is interpolated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy.interpolate import PchipInterpolator
+from torch import Tensor
+
+from ._checks import require_finite
+from ._log_level import log_level, table_times
+from ._types import TimeLike
+from .processes import Process, as_time
+from .schedules import Schedule, from_time_change
+
+Average = Literal["open_loop", "paper"]
+Clock = Literal["open_loop", "feedback"]
+
+FINE = 2049
+"""Quadrature points; trapezoids there are exact to 1e-6 of a cost."""
+
+KNOTS = 513
+"""Knots of a learned time change, at even readings of the clock."""
+
+FLOOR = 1e-4
+"""Least density of steps, relative to its mean over the range: real |Q| underflows to
+0 in places, and a clock has to be strictly monotone."""
+
+
+PATH_FLOOR = 0.1
+"""Least |Q| of one trajectory in the paper's average, relative to E|Q| at that time.
+The speed of a feedback clock goes as 1/sqrt|Q|; where one path has come to rest and
+others have not, it grows without bound, and the mean of the speeds with it (digits:
+2.4 times the optimal cost without a floor, 1.06 with it; mixtures do not notice)."""
+
+
+@dataclass(frozen=True, eq=False)
+class StiffnessTable:
+    """|Q| along reference trajectories, and all that follows from it.
+
+    Attributes:
+        process: The noising process.
+        times: Process times [n], descending from t_max to t_min, float64.
+        values: |Q| per trajectory and time [N, n], float64, >= 0.
+        nfe: Network evaluations (batched calls) spent on the table.
+        acceleration: The method that gave it, ``"jvp"`` or ``"difference"``.
+
+    Raises:
+        ValueError: If shapes do not fit or a value is negative or not finite.
+    """
+
+    process: Process
+    times: Tensor
+    values: Tensor
+    nfe: int = 0
+    acceleration: str = "given"
+
+    def __post_init__(self) -> None:
+        n = self.times.numel()
+        if self.times.ndim != 1 or n < 2 or self.values.shape[1:] != (n,):
+            raise ValueError(
+                "StiffnessTable: expected times [n] and values [N, n] with n >= 2, got "
+                f"shapes {tuple(self.times.shape)} and {tuple(self.values.shape)}"
+            )
+        require_finite(self.values, "values", "check the denoiser near t_min and t_max")
+        if bool((self.values < 0).any()):
+            raise ValueError("values: |Q| is a norm, expected >= 0")
+        if not bool((self.times[1:] < self.times[:-1]).all()):
+            raise ValueError("times: expected strictly descending process times")
+        ends, found = (self.process.t_max, self.process.t_min), self.times[[0, -1]]
+        if not np.allclose(found, ends, rtol=1e-6, atol=0):
+            raise ValueError(
+                f"times: expected them to run from t_max = {ends[0]:.6g} to t_min = "
+                f"{ends[1]:.6g}, got {float(found[0]):.6g} ... {float(found[1]):.6g}"
+            )
+
+    @property
+    def span(self) -> float:
+        """T = t_max - t_min, the length of the clock."""
+        return float(self.times[0] - self.times[-1])
+
+    def mean(self) -> Tensor:
+        """E|Q| at the table's times, [n]."""
+        return self.values.mean(0)
+
+    @cached_property
+    def fine_times(self) -> Tensor:
+        """Quadrature times [FINE], descending, spaced evenly in `log_level`."""
+        return table_times(self.process, FINE)
+
+    @cached_property
+    def fine_values(self) -> Tensor:
+        """|Q| per trajectory at the quadrature times, [N, FINE].
+
+        Monotone cubics through log |Q| over `log_level`: exact for the power laws that
+        |Q| follows at both ends. So that the logarithm exists, values below 1e-12 of a
+        trajectory's peak are raised to that; a straight trajectory stays at 0.
+        """
+        values = self.values.cpu().numpy()
+        peak = values.max(axis=1, keepdims=True)
+        scale = np.where(peak > 0, peak, 1.0)
+        log_q = np.log(np.maximum(values / scale, 1e-12))
+        # scipy wants ascending abscissae; times descend.
+        level = log_level(self.process, self.times).numpy()
+        cubic = PchipInterpolator(level[::-1], log_q[:, ::-1], axis=1)
+        fine = log_level(self.process, self.fine_times).numpy()
+        inside = np.clip(fine, level[-1], level[0])
+        return torch.from_numpy(peak * np.exp(cubic(inside)))
+
+    @cached_property
+    def fine_mean(self) -> Tensor:
+        """E|Q| at the quadrature times, [FINE]."""
+        return self.fine_values.mean(0)
+
+    def cost(self, schedule: Schedule) -> float:
+        r"""Cost :math:`C = E\int |Q|\,\theta^2\, ds` of a schedule, >= 0.
+
+        Args:
+            schedule: Any schedule of the same process; a pinned one is judged by its
+                continuous clock down to t_min (its last step is not in C).
+
+        Returns:
+            C in units of x, [length]; compare with `lower_bound`.
+
+        Raises:
+            ValueError: If the schedule belongs to another process.
+        """
+        self._check_process(schedule)
+        speed = schedule.speed(schedule.clock(self.fine_times))
+        return float(self._integral(self.fine_mean * speed))
+
+    def lower_bound(self, clock: Clock = "open_loop") -> float:
+        r"""Cauchy-Schwarz bound on `cost`.
+
+        Args:
+            clock: ``"open_loop"``: :math:`(\int\sqrt{E|Q|}\,d\psi)^2 / T`, attained by
+                `art`; ``"feedback"``: :math:`E(\int\sqrt{|Q|}\,d\psi)^2 / T`, what a
+                clock per sample could reach.
+
+        Raises:
+            ValueError: If ``clock`` is neither.
+        """
+        if clock == "open_loop":
+            return float(self._integral(self.fine_mean.sqrt()) ** 2) / self.span
+        if clock == "feedback":
+            lengths = self._integral(self.fine_values.sqrt())
+            return float((lengths**2).mean()) / self.span
+        raise ValueError(f"clock: expected 'open_loop' or 'feedback', got {clock!r}")
+
+    def art(
+        self,
+        average: Average = "open_loop",
+        *,
+        exponent: float = 0.5,
+        provenance: dict[str, Any] | None = None,
+    ) -> Schedule:
+        r"""The closed-form schedule.
+
+        Args:
+            average: ``"open_loop"``, density :math:`(E|Q|)^{1/2}`, optimal among
+                schedules that depend on time alone; ``"paper"``, the mean over
+                trajectories of the feedback clocks, as the paper distils, each |Q|
+                kept above `PATH_FLOOR` times the mean (ours).
+            exponent: Power of |Q| in the density. 1/2 is the optimum; others are
+                there to show that they are not.
+            provenance: Stored with the schedule beside what is known here.
+
+        Raises:
+            ValueError: If ``average`` is neither, or ``exponent`` is not positive.
+        """
+        if not exponent > 0:
+            raise ValueError(f"exponent: expected > 0, got {exponent}")
+        notes = {
+            "method": "closed form",
+            "average": average,
+            "exponent": exponent,
+            "trajectories": self.values.shape[0],
+            "points": self.times.numel(),
+            "nfe": self.nfe,
+            "acceleration": self.acceleration,
+            **(provenance or {}),
+        }
+        if average == "open_loop":
+            density, name = self.fine_mean[None] ** exponent, "ART"
+        elif average == "paper":
+            floored = torch.maximum(self.fine_values, PATH_FLOOR * self.fine_mean)
+            density, name = floored**exponent, "ART (paper average)"
+        else:
+            raise ValueError(
+                f"average: expected 'open_loop' or 'paper', got {average!r}"
+            )
+        # Times at even readings of the clock: one row per clock, then their mean. The
+        # mean of the psi of all paths is what the mean of their theta integrates to.
+        ticks = torch.linspace(0, 1, KNOTS, dtype=torch.float64)
+        log_t = self.fine_times.log().numpy()
+        rows = [np.interp(ticks, c, log_t) for c in self._clock(density).numpy()]
+        times = np.exp(np.stack(rows)).mean(0)
+        times[0], times[-1] = self.times[0], self.times[-1]
+        return from_time_change(
+            self.process, ticks * self.span, times, name=name, provenance=notes
+        )
+
+    def value(self, clock: TimeLike, t: TimeLike) -> Tensor:
+        r"""Value function :math:`V = -G^2 / (T - s)` of the mean problem, eq. (10).
+
+        Args:
+            clock: Clock s in [0, T).
+            t: Process time in [t_min, t_max]; broadcasts against ``clock``.
+
+        Returns:
+            V <= 0; minus the cost still to come on the optimal clock.
+        """
+        s = as_time(clock)
+        length = self.cumulative(self.fine_mean.sqrt()[None])[0]
+        to_go = torch.from_numpy(
+            np.interp(
+                np.log(as_time(t).detach().cpu().numpy()),
+                self.fine_times.log().numpy()[::-1],
+                (length[-1] - length).numpy()[::-1],
+            )
+        )
+        return -(to_go**2) / (self.span - s)
+
+    def _check_process(self, schedule: Schedule) -> None:
+        if schedule.process != self.process:
+            raise ValueError(
+                f"schedule: it belongs to {schedule.process}, the flow to "
+                f"{self.process}; make it for the same process and range"
+            )
+
+    def cumulative(self, integrand: Tensor) -> Tensor:
+        """Trapezoids of rows [N, FINE] from t_max down, starting at 0."""
+        steps = self.fine_times[:-1] - self.fine_times[1:]
+        pieces = 0.5 * (integrand[:, 1:] + integrand[:, :-1]) * steps
+        return torch.nn.functional.pad(pieces.cumsum(1), (1, 0))
+
+    def _integral(self, integrand: Tensor) -> Tensor:
+        return torch.trapezoid(integrand, -self.fine_times)
+
+    def _clock(self, density: Tensor) -> Tensor:
+        """Cumulative floored density of rows [N, FINE], from 0 to 1."""
+        mean = self._integral(density)[:, None] / self.span
+        if not bool((mean > 0).any()):
+            raise ValueError(
+                "stiffness: |Q| is 0 everywhere: the paths are straight, one step is "
+                "exact, and there is nothing to learn"
+            )
+        # A trajectory without any acceleration is served equally by every clock.
+        floor = torch.where(mean > 0, FLOOR * mean, 1.0)
+        total = self.cumulative(torch.maximum(density, floor))
+        return total / total[:, -1:]

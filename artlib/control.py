@@ -1,0 +1,173 @@
+r"""ART in closed form: the control problem of equations (9)-(10) and its solution.
+
+A schedule is a clock psi(s), s in [0, T], with speed :math:`\theta = \psi'`; the Euler
+error it leaves is the cost
+
+.. math:: C = E \int_0^T |Q|\, \theta^2\, ds = E \int |Q|\, \theta\, d\psi .
+
+The path x(psi) does not depend on how fast it is walked, so |Q| is a table: each
+trajectory's acceleration at each time, computed once. With it (ours; the paper
+goes to reinforcement learning instead):
+
+* per trajectory, :math:`V = -G^2 / (T - s)` with :math:`G = \int_\psi^T \sqrt{|Q|}`
+  solves the HJB equation exactly, and :math:`|Q|\,\theta^2` is constant;
+* **open loop**, one clock for all: density of steps
+  :math:`\propto (E|Q|)^{1/2}`, and :math:`C \ge (\int \sqrt{E|Q|})^2 / T`;
+* **feedback**, a clock per trajectory: :math:`C \ge E (\int \sqrt{|Q|})^2 / T`;
+* **paper**, what the paper distils: the mean over trajectories of the feedback clocks.
+
+The clock runs over T = t_max - t_min, the range on which a schedule is learned.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._checks import check_samples, positive_int
+from ._log_level import table_times
+from ._reference_path import Trajectory
+from ._stiffness import Average, Clock, StiffnessTable
+from .denoisers import CountNFE
+from .flow import ProbabilityFlow
+from .schedules import Schedule
+
+__all__ = ["StiffnessTable", "art", "cost", "lower_bound", "stiffness_table"]
+
+
+def stiffness_table(
+    flow: ProbabilityFlow,
+    x_T: Tensor,
+    *,
+    points: int = 64,
+    method: str = "rk4",
+    rtol: float = 1e-6,
+) -> StiffnessTable:
+    r"""|Q| along reference trajectories from ``x_T``: all that ART has to know.
+
+    Args:
+        flow: The flow.
+        x_T: States at ``t_max`` [N, *shape]; each gives one trajectory.
+        points: Times of the table, evenly spaced in the log noise level.
+        method: Integrator of the reference paths: ``"heun"`` costs 2 evaluations a
+            point, ``"rk4"`` 4, ``"dopri5"`` as many as its tolerance asks for; forward
+            mode adds one JVP a point.
+        rtol: Tolerance of dopri5.
+
+    Returns:
+        A `StiffnessTable`.
+
+    Raises:
+        TypeError: If ``flow`` is no flow or ``points`` no integer.
+        ValueError: If ``x_T`` or the denoiser holds NaN or the wrong shape.
+    """
+    return stiffness_path(flow, x_T, points=points, method=method, rtol=rtol)[0]
+
+
+def stiffness_path(
+    flow: ProbabilityFlow,
+    x_T: Tensor,
+    *,
+    points: int = 64,
+    method: str = "rk4",
+    rtol: float = 1e-6,
+) -> tuple[StiffnessTable, Trajectory]:
+    """`stiffness_table` together with the reference paths it was read from.
+
+    Args:
+        flow: As in `stiffness_table`.
+        x_T: As there.
+        points: As there.
+        method: As there.
+        rtol: As there.
+
+    Raises:
+        ValueError: As there.
+    """
+    if not isinstance(flow, ProbabilityFlow):
+        raise TypeError(
+            f"flow: expected a ProbabilityFlow, got {type(flow).__name__}; wrap a "
+            "denoiser as ProbabilityFlow(process, denoiser)"
+        )
+    x_T = check_samples(x_T)
+    points = positive_int(points, "points", minimum=5)
+    counter = CountNFE(flow.denoiser)
+    counted = flow.with_denoiser(counter)
+    times = table_times(flow.process, points)
+    path = counted.trajectory(x_T, times, method=method, rtol=rtol)
+    values = counted.path_stiffness(path)
+    method_used = counted.acceleration_method
+    table = StiffnessTable(
+        flow.process, times, values.cpu(), nfe=counter.nfe, acceleration=method_used
+    )
+    return table, path
+
+
+def art(
+    flow: ProbabilityFlow,
+    x_T: Tensor,
+    *,
+    average: Average = "open_loop",
+    points: int = 64,
+    method: str = "rk4",
+) -> Schedule:
+    r"""The closed-form ART schedule of a flow.
+
+    Args:
+        flow: The flow.
+        x_T: States at ``t_max`` [N, *shape].
+        average: See `StiffnessTable.art`.
+        points: Times of the stiffness table.
+        method: Integrator of the reference paths, see `stiffness_table`.
+
+    Returns:
+        A `Schedule`; ``.grid(K)`` gives its timesteps for any K.
+
+    Raises:
+        ValueError: If an argument is out of range or the denoiser returns NaN.
+
+    Example:
+        >>> import artlib
+        >>> target = artlib.Gaussian([0.0], [[1.0]])
+        >>> process = artlib.VE()
+        >>> flow = artlib.ProbabilityFlow(process, target.denoiser(process))
+        >>> x_T = target.sample_prior(process, 64, seed=0)
+        >>> len(artlib.art(flow, x_T).grid(10))
+        11
+    """
+    if average not in ("open_loop", "paper"):
+        raise ValueError(f"average: expected 'open_loop' or 'paper', got {average!r}")
+    return stiffness_table(flow, x_T, points=points, method=method).art(average)
+
+
+def cost(
+    flow: ProbabilityFlow, schedule: Schedule, x_T: Tensor, *, points: int = 64
+) -> float:
+    r"""Cost :math:`C = E\int|Q|\,\theta^2\,ds` of a schedule on a flow, eq. (9).
+
+    For several schedules make one `stiffness_table` and use its method.
+
+    Args:
+        flow: The flow.
+        schedule: The schedule.
+        x_T: States at ``t_max`` [N, *shape].
+        points: Times of the stiffness table.
+    """
+    return stiffness_table(flow, x_T, points=points).cost(schedule)
+
+
+def lower_bound(
+    flow: ProbabilityFlow,
+    x_T: Tensor,
+    *,
+    clock: Clock = "open_loop",
+    points: int = 64,
+) -> float:
+    """Cauchy-Schwarz bound on the cost; see `StiffnessTable.lower_bound`.
+
+    Args:
+        flow: The flow.
+        x_T: States at ``t_max`` [N, *shape].
+        clock: ``"open_loop"`` or ``"feedback"``.
+        points: Times of the stiffness table.
+    """
+    return stiffness_table(flow, x_T, points=points).lower_bound(clock)

@@ -1,0 +1,171 @@
+r"""Solvers: how one step of the probability-flow ODE is taken, and how many it takes.
+
+Sampling integrates :math:`dx/dt = v(x, t)`, eq. (2) of the paper, from the first node
+of a grid down to its last one; with :math:`h = t_{k+1} - t_k < 0`:
+
+| solver | one step | order | NFE per step |
+| --- | --- | --- | --- |
+| ``euler`` | :math:`x + h v(x, t)`, eq. (3) | 1 | 1 |
+| ``heun`` | mean of the slopes at both ends | 2 | 2 |
+| ``rk4`` | Kutta's 3/8 rule, stages at 0, 1/3, 2/3, 1 | 4 | 4 |
+| ``dpmpp_2m`` | DPM-Solver++(2M), `artlib._integrators` | 2 | 1 |
+| ``dopri5`` | adaptive Dormand-Prince: the reference | 5 | 6 per trial |
+
+**The step to 0.** A grid that ends at 0 ends with an Euler step whatever the solver
+(for ``dpmpp_2m`` its own first-order step): in many processes v cannot be evaluated at
+t = 0. In `VE` and `RectifiedFlow` that step returns the denoised sample D(x, t)
+itself. So orders are measured on grids that end above 0.
+
+Times reach the flow as 0-d float64 tensors whatever the dtype of the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._checks import as_grid, check_samples, finite_float
+from ._integrators import (
+    SOLVERS,
+    Solver,
+    StepCallback,
+    integrate,
+    integrate_adaptive,
+)
+from .flow import ProbabilityFlow
+
+__all__ = ["SOLVERS", "GridLike", "Solver", "StepCallback", "nfe", "sample"]
+
+GridLike: TypeAlias = Sequence[float] | np.ndarray | Tensor
+"""A list of K + 1 descending timesteps."""
+
+
+def sample(
+    flow: ProbabilityFlow,
+    x_T: Tensor,
+    grid: GridLike | None = None,
+    *,
+    solver: str = "euler",
+    rtol: float = 1e-6,
+    atol: float = 1e-6,
+    callback: StepCallback | None = None,
+) -> Tensor:
+    """Integrate the probability-flow ODE from noise to data.
+
+    Runs without an autograd graph and in memory that does not grow with K.
+
+    Args:
+        flow: The ODE, for example ``ProbabilityFlow(process, denoiser)``.
+        x_T: States at the first node of the grid, [n, *sample_shape]; for ``dopri5``
+            at ``t_max``.
+        grid: K + 1 strictly descending times, the first at most ``t_max``, the last
+            0 or above; ``schedule.grid(K)`` gives one. Not for ``dopri5``, which
+            runs from ``t_max`` to ``t_min`` and from there by one Euler step to 0.
+        solver: A key of `SOLVERS`.
+        rtol: Relative tolerance of ``dopri5``; no other solver uses it.
+        atol: Absolute tolerance of ``dopri5``, in units of the state.
+        callback: Called as ``callback(k, t_k, x_k)`` at every node k = 0 ... K (for
+            ``dopri5`` at every accepted one) with the time as a float and the state
+            there. The state must not be changed in place; whoever keeps it, pays for
+            its memory.
+
+    Returns:
+        States at the last node, [n, *sample_shape], in the dtype of ``x_T`` for
+        float32 and float64. Half precision is raised to float32, in which the sum of
+        many small steps still holds. ``dopri5`` returns float64 always.
+
+    Raises:
+        TypeError: If ``flow`` is no flow, or ``x_T`` or ``grid`` of the wrong type.
+        ValueError: If ``solver`` is unknown, an argument is out of its range or not
+            finite, the denoiser changes the shape of its input, or the state became
+            NaN or infinite on the way (the message says at which step).
+        RuntimeError: If ``dopri5`` cannot reach its tolerance.
+
+    References:
+        Lu et al., DPM-Solver++, https://arxiv.org/abs/2211.01095, algorithm 2;
+        Karras et al., https://arxiv.org/abs/2206.00364, algorithm 1 (Heun).
+    """
+    kind = _solver(solver)
+    _check_flow(flow)
+    x_T = check_samples(x_T, "x_T").detach()
+    if kind.adaptive:
+        if grid is not None:
+            raise ValueError(
+                f"grid: {solver} chooses its own steps, so pass no grid; a grid goes "
+                f"with one of {', '.join(_fixed())}"
+            )
+        tolerances = (
+            finite_float(rtol, "rtol", positive=True),
+            finite_float(atol, "atol", positive=True),
+        )
+        with torch.no_grad():
+            return integrate_adaptive(flow, x_T.double(), *tolerances, callback)
+    if grid is None:
+        raise ValueError(
+            f"grid: {solver} needs K + 1 timesteps, got None; pass schedule.grid(K), "
+            'or solver="dopri5" for a reference without a grid'
+        )
+    nodes = as_grid(grid, "grid")
+    t_max = float(flow.process.t_max)
+    if float(nodes[0]) > t_max * (1 + 1e-6):
+        raise ValueError(
+            f"grid: the first node is {float(nodes[0]):.6g}, expected at most t_max = "
+            f"{t_max:.6g} of the flow's process; was the grid made for another process?"
+        )
+    if x_T.dtype not in (torch.float32, torch.float64):
+        x_T = x_T.float()
+    with torch.no_grad():
+        return integrate(flow, x_T, nodes, solver, callback)
+
+
+def nfe(grid: GridLike, *, solver: str = "euler") -> int:
+    """Network evaluations that a solver makes on a grid.
+
+    With K steps and s evaluations per step: K s, less s - 1 where the last node is 0,
+    because the step to 0 is an Euler step. So Euler K, Heun 2K - 1, RK4 4K - 3,
+    DPM-Solver++(2M) K. The solver's evaluations, counted by `CountNFE`, are as many.
+
+    Args:
+        grid: K + 1 strictly descending times.
+        solver: A key of `SOLVERS`, except ``dopri5``.
+
+    Returns:
+        The number of evaluations; one call on a batch is one evaluation.
+
+    Raises:
+        ValueError: If the solver is unknown or adaptive, or the grid is not a grid.
+    """
+    kind = _solver(solver)
+    if kind.adaptive:
+        raise ValueError(
+            f"solver: {solver} is adaptive, its NFE is not known in advance; wrap the "
+            "denoiser in CountNFE and read .nfe after the run"
+        )
+    nodes = as_grid(grid, "grid")
+    saved = kind.evaluations - 1 if float(nodes[-1]) == 0 else 0
+    return (nodes.numel() - 1) * kind.evaluations - saved
+
+
+def _solver(name: str) -> Solver:
+    if name not in SOLVERS:
+        raise ValueError(
+            f"solver: unknown {name!r}; the solvers are {', '.join(SOLVERS)}"
+        )
+    return SOLVERS[name]
+
+
+def _fixed() -> list[str]:
+    """Names of the solvers that step through a grid."""
+    return [name for name, kind in SOLVERS.items() if not kind.adaptive]
+
+
+def _check_flow(flow: ProbabilityFlow) -> None:
+    if not isinstance(flow, ProbabilityFlow):
+        raise TypeError(
+            f"flow: expected a ProbabilityFlow, got {type(flow).__name__}; wrap a "
+            "denoiser as ProbabilityFlow(process, denoiser)"
+        )
