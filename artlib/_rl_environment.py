@@ -1,0 +1,263 @@
+r"""Episodes of the sampling clock: what the actor-critic learns from.
+
+One episode is one trajectory walked from t_max to t_min in K steps of the clock, each
+at constant speed :math:`\theta_k`. The path x(t) does not depend on how fast it is
+walked, so it is integrated once, and all that an episode needs is looked up: the state,
+|Q|, and :math:`H = \int |Q|\,d\psi`. A step from psi to psi' then has the *exact* cost
+
+.. math:: \theta_k\,(H(\psi') - H(\psi)), \qquad \psi' = \psi + \theta_k T/K ,
+
+and no network is called in training. `ModelEnvironment` walks the paths with the
+network instead and charges the left-endpoint cost :math:`|Q_k|\theta_k^2 T/K`, as the
+literal recipe has it.
+
+**Natural units** (ours). Clock in units of T, cost in units of :math:`L^2/T` with
+:math:`L = \int \sqrt{E|Q|}\,d\psi`, so that the optimum is 1; the position on the path
+is :math:`\rho \in [1, 0]`, the share of the log noise level still to go.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._log_level import log_level, log_level_dot
+from ._reference_path import Trajectory
+from ._stiffness import StiffnessTable
+from .flow import ProbabilityFlow
+
+_LOOKUP = 513  # look-up points per path: |Q| is smooth at that spacing
+_COLUMNS = 4  # H, log |Q| floored, log |Q|, share of the length; then the features
+_MAX_FEATURES = 32
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where every trajectory of a batch is: rows of the look-up table.
+
+    Attributes:
+        t: Process time [n].
+        rho: Share of the log noise level still to go, 1 at t_max, 0 at t_min [n].
+        integral: H, the integral of |Q| from t_max, in natural units [n].
+        log_floored: log |Q| with its floor [n].
+        stiffness: |Q| [n].
+        walked: Share of the path's length, the integral of sqrt|Q|, behind it [n].
+        features: What the networks see of the state [n, m], float32.
+    """
+
+    t: Tensor
+    rho: Tensor
+    integral: Tensor
+    log_floored: Tensor
+    stiffness: Tensor
+    walked: Tensor
+    features: Tensor
+
+
+class TableEnvironment:
+    """Look-ups along reference trajectories.
+
+    Args:
+        table: |Q| along the trajectories.
+        path: The trajectories themselves.
+        floor: Least |Q| of a path in its exploration noise, relative to the mean over
+            the paths at the same time.
+        seed: Of the fixed random projection that stands for states of more than 32
+            dimensions.
+        device: Where the look-ups live.
+
+    Attributes:
+        size: Number of trajectories.
+        width: Number of features.
+        length: L, the integral of sqrt(E|Q|).
+        span: T = t_max - t_min.
+    """
+
+    def __init__(
+        self,
+        table: StiffnessTable,
+        path: Trajectory,
+        *,
+        floor: float,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.table, self.process, self.device = table, table.process, device
+        self.span = table.span
+        self.length = math.sqrt(table.lower_bound() * self.span)
+        self.size = table.values.shape[0]
+        stride = (table.fine_times.numel() - 1) // (_LOOKUP - 1)
+        times = table.fine_times[::stride]
+        level = log_level(self.process, times)
+        self._top, self._bottom = float(level[0]), float(level[-1])
+        self.levels = self._top - self._bottom
+        self._log_times = times.log().to(device)
+        values = table.fine_values[:, ::stride]
+        integral = table.cumulative(table.fine_values)[:, ::stride]
+        length = table.cumulative(table.fine_values.sqrt())[:, ::stride]
+        floored = torch.maximum(values, floor * table.fine_mean[::stride])
+        # A vanishing |Q| on all paths still needs a logarithm.
+        least = 1e-12 * float(values.max())
+        columns = [
+            integral * self.span / self.length**2,
+            floored.clamp_min(least).log(),
+            values.clamp_min(least).log(),
+            length / length[:, -1:].clamp_min(1e-300),
+        ]
+        self._project(path, seed)
+        place = (self._top - level) / self.levels * (path.times.numel() - 1)
+        features = _interpolate(self._states, place).permute(1, 0, 2)
+        rows = torch.cat([torch.stack(columns, dim=2), features.cpu()], dim=2)
+        self.width = features.shape[2]
+        self._rows = rows.reshape(-1, rows.shape[2]).to(device).contiguous()
+        self._log_floored_mean = floored.mean(0).clamp_min(least).log().to(device)
+
+    def _project(self, path: Trajectory, seed: int) -> None:
+        """Whitened states [n, N, m]: per time, so that noise does not drown data."""
+        flat = path.states.flatten(2)
+        self._mean = flat.mean(1, keepdim=True)
+        self._std = flat.std(1, keepdim=True) + 1e-12
+        self._projection: Tensor | None = None
+        if flat.shape[2] > _MAX_FEATURES:
+            rng = torch.Generator().manual_seed(seed)
+            size = (flat.shape[2], _MAX_FEATURES)
+            random = torch.randn(size, generator=rng, dtype=torch.float64)
+            self._projection = torch.linalg.qr(random)[0].to(flat)
+        self._states = self._whiten(flat, self._mean, self._std)
+
+    def _whiten(self, flat: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        white = (flat - mean) / std
+        if self._projection is not None:
+            white = white @ self._projection
+        # Unit norm altogether: the position on the path must not drown in the state.
+        return white / math.sqrt(white.shape[-1])
+
+    def start(self, rows: Tensor) -> Place:
+        """All of ``rows`` [n] at t_max."""
+        return self.at(rows, torch.ones(len(rows), dtype=torch.float64).to(rows.device))
+
+    def at(self, rows: Tensor, rho: Tensor) -> Place:
+        """The place of trajectories ``rows`` [n] at positions ``rho`` [n]."""
+        place = ((1 - rho) * (_LOOKUP - 1)).clamp(0, _LOOKUP - 1 - 1e-9)
+        index = place.long()
+        weight = (place - index)[:, None]
+        flat = index + rows * _LOOKUP
+        found = torch.lerp(self._rows[flat], self._rows[flat + 1], weight)
+        return Place(
+            t=self.time(rho),
+            rho=rho,
+            integral=found[:, 0],
+            log_floored=found[:, 1],
+            stiffness=found[:, 2].exp(),
+            walked=found[:, 3],
+            features=found[:, _COLUMNS:].float(),
+        )
+
+    def time(self, rho: Tensor) -> Tensor:
+        """Process time at a position, any shape."""
+        place = ((1 - rho) * (_LOOKUP - 1)).clamp(0, _LOOKUP - 1 - 1e-9)
+        index = place.long()
+        log_t = self._log_times
+        return torch.lerp(log_t[index], log_t[index + 1], place - index).exp()
+
+    def position(self, t: Tensor) -> Tensor:
+        """The position rho at process times, any shape."""
+        return (log_level(self.process, t) - self._bottom) / self.levels
+
+    def time_per_position(self, t: Tensor) -> Tensor:
+        """Dt / d rho at process times, any shape."""
+        return self.levels / log_level_dot(self.process, t)
+
+    def log_floored_at(self, rows: Tensor, rho: Tensor) -> Tensor:
+        """Log |Q| with its floor at a position; all that a plan needs."""
+        place = ((1 - rho) * (_LOOKUP - 1)).clamp(0, _LOOKUP - 1 - 1e-9)
+        index = place.long()
+        flat = index + rows * _LOOKUP
+        column = self._rows[:, 1]
+        return torch.lerp(column[flat], column[flat + 1], place - index)
+
+    def exact_cost(self, here: Place, there: Place, steps: int) -> Tensor:
+        """Exact cost [n] of one of ``steps`` steps, in natural units."""
+        speed = (here.t - there.t) * steps / self.span
+        return speed * (there.integral - here.integral)
+
+    def left_cost(self, here: Place, there: Place, steps: int) -> Tensor:
+        """The same with |Q| of the step's start for the whole step."""
+        speed = (here.t - there.t) * steps / self.span
+        return speed**2 * here.stiffness * (self.span / self.length) ** 2 / steps
+
+    def advance(self, here: Place, rows: Tensor, t: Tensor) -> Place:
+        """Move to process times ``t`` [n]."""
+        return self.at(rows, self.position(t))
+
+
+class ModelEnvironment(TableEnvironment):
+    """The same with the network in the loop: Euler steps, |Q| evaluated on the way.
+
+    The table stays for the natural units, for whitening, and for the exact cost that
+    is reported beside the cost that is learned from.
+
+    Args:
+        flow: The flow; its denoiser is called twice or three times a step.
+        x_T: States at t_max [N, *shape].
+        table: As in `TableEnvironment`.
+        path: As in `TableEnvironment`.
+        floor: As in `TableEnvironment`.
+        seed: As in `TableEnvironment`.
+        device: As in `TableEnvironment`.
+    """
+
+    def __init__(
+        self,
+        flow: ProbabilityFlow,
+        x_T: Tensor,
+        table: StiffnessTable,
+        path: Trajectory,
+        *,
+        floor: float,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__(table, path, floor=floor, seed=seed, device=device)
+        self._flow = flow
+        self._x_T = x_T
+        self._x = x_T
+
+    def start(self, rows: Tensor) -> Place:
+        self._x = self._x_T[rows]
+        return self._evaluate(super().start(rows), rows)
+
+    def advance(self, here: Place, rows: Tensor, t: Tensor) -> Place:
+        shape = (-1, *[1] * (self._x.ndim - 1))
+        step = (t - here.t).reshape(shape).to(self._x.dtype)
+        self._x = self._x + step * self._flow.velocity(self._x, here.t.reshape(shape))
+        return self._evaluate(super().advance(here, rows, t), rows)
+
+    def _evaluate(self, place: Place, rows: Tensor) -> Place:
+        shape = (-1, *[1] * (self._x.ndim - 1))
+        stiffness = self._flow.stiffness(self._x, place.t.reshape(shape)).double()
+        node = (1 - place.rho) * (self._states.shape[0] - 1)
+        mean, std = (_interpolate(s, node)[:, 0] for s in (self._mean, self._std))
+        white = self._whiten(self._x.double().flatten(1), mean, std)
+        index = ((1 - place.rho) * (_LOOKUP - 1)).round().long().clamp(0, _LOOKUP - 1)
+        floor = self._log_floored_mean[index]
+        return Place(
+            t=place.t,
+            rho=place.rho,
+            integral=place.integral,
+            log_floored=torch.maximum(stiffness.clamp_min(1e-300).log(), floor),
+            stiffness=stiffness,
+            walked=place.walked,
+            features=white.float(),
+        )
+
+
+def _interpolate(values: Tensor, place: Tensor) -> Tensor:
+    """Linear interpolation along axis 0 of [n, ...] at fractional indices [m]."""
+    place = place.to(values.device).clamp(0, values.shape[0] - 1 - 1e-9)
+    index = place.long()
+    weight = (place - index).reshape(-1, *[1] * (values.ndim - 1))
+    return torch.lerp(values[index], values[index + 1], weight)

@@ -1,0 +1,122 @@
+r"""Actor, critic, and the Gaussian policy between them.
+
+Both are small networks of (position, clock, state). With :math:`\tau` the share of the
+clock that is spent, K steps in all and k taken, the **mean** step covers the share
+
+.. math:: f = \mathrm{sigmoid}\Bigl(a_\phi + \log\tfrac{h}{1-h}\Bigr), \qquad
+          h = \tfrac{1}{K-k}
+
+of the log noise level still to go. An untrained actor, a = 0, is therefore the DPM
+schedule, and whatever it has learned, the last step (h = 1) arrives: the hard end
+constraint. With the multiplier, :math:`f\rho = e^a / K` instead, and nothing arrives by
+construction. **Noise** on the speed has the variance :math:`\lambda/|Q|` of eq. (11),
+cut off at two standard deviations, |Q| being the larger of its values at both ends of
+the mean step (at its start alone it is too small by decades where sigma is large, and
+one draw in ten would jump to the end).
+
+The **critic** is :math:`V = -e^{2c_\vartheta}\rho^2/(1-\tau)` in natural units, zero at
+the end of the path; with the multiplier :math:`V = (1 - \tau)\,c_\vartheta`, zero at
+the end of the clock. These choices are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Constraint = Literal["hard", "multiplier"]
+
+CUT = 2.0
+"""Standard deviations at which exploration noise is cut off."""
+
+CUT_VARIANCE = 1 - 2 * CUT * math.exp(-(CUT**2) / 2) / math.sqrt(
+    2 * math.pi
+) / math.erf(CUT / math.sqrt(2))
+"""Variance of a standard normal cut off there."""
+
+
+def cut_normal(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """Standard normal draws cut off at `CUT`, float64, by inversion."""
+    uniform = torch.rand(shape, generator=rng, dtype=torch.float64, device=rng.device)
+    edge = math.erf(CUT / math.sqrt(2))
+    return torch.erfinv((2 * uniform - 1) * edge) * math.sqrt(2)
+
+
+class Head(nn.Module):
+    """A small network of position, clock and state, with one output.
+
+    Args:
+        width: Number of state features.
+        hidden: Width of the two hidden layers.
+        rng: Source of the initial weights.
+    """
+
+    def __init__(self, width: int, hidden: int, rng: torch.Generator) -> None:
+        super().__init__()
+        layers = [
+            nn.Linear(width + 3, hidden),
+            nn.Linear(hidden, hidden),
+            nn.Linear(hidden, 1),
+        ]
+        with torch.no_grad():
+            for layer in layers:
+                bound = 1 / math.sqrt(layer.in_features)
+                layer.weight.uniform_(-bound, bound, generator=rng)
+                layer.bias.uniform_(-bound, bound, generator=rng)
+            # The output starts small: an actor near DPM, a critic near its skeleton.
+            layers[-1].weight.mul_(0.1)
+            layers[-1].bias.zero_()
+        act = nn.SiLU()
+        self.layers = nn.Sequential(layers[0], act, layers[1], act, layers[2])
+
+    def forward(self, rho: Tensor, tau: Tensor, features: Tensor) -> Tensor:
+        """Output [...] for positions [...], clock shares [...], features [..., m]."""
+        clock = torch.stack([2 * rho - 1, torch.log1p(-tau), 2 * tau - 1], dim=-1)
+        x = torch.cat([clock.float(), features], dim=-1)
+        output: Tensor = self.layers(x)
+        return output[..., 0]
+
+
+def mean_share(
+    output: Tensor, rho: Tensor, h: Tensor, constraint: Constraint
+) -> Tensor:
+    """Share of the log noise level (of the whole range) that the mean step covers.
+
+    Args:
+        output: The actor's output a [...].
+        rho: Share still to go [...].
+        h: 1 / (steps still to take), broadcastable.
+        constraint: ``"hard"`` or ``"multiplier"``.
+
+    Returns:
+        The step in rho [...], float64, at most rho.
+    """
+    output = output.double()
+    if constraint == "hard":
+        return rho * torch.sigmoid(output + torch.log(h) - torch.log1p(-h))
+    # Steps are bounded by what is left, smoothly, so that a gradient always remains.
+    return rho * (1 - torch.exp(-torch.exp(output) * h / rho.clamp_min(1e-6)))
+
+
+def share_slope(
+    output: Tensor, rho: Tensor, h: Tensor, constraint: Constraint
+) -> Tensor:
+    """Derivative of `mean_share` in the output."""
+    output = output.double()
+    if constraint == "hard":
+        f = torch.sigmoid(output + torch.log(h) - torch.log1p(-h))
+        return rho * f * (1 - f)
+    rate = torch.exp(output) * h / rho.clamp_min(1e-6)
+    return rho * torch.exp(-rate) * rate
+
+
+def critic_value(
+    output: Tensor, rho: Tensor, tau: Tensor, constraint: Constraint
+) -> Tensor:
+    """V in natural units from the critic's output c [...]; see the module."""
+    if constraint == "hard":
+        return -torch.exp(2 * output.double()) * rho**2 / (1 - tau)
+    return (1 - tau) * output.double()

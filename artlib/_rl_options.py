@@ -1,0 +1,86 @@
+"""What goes into an ART-RL run and what comes out: options, records, errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ._rl_networks import Constraint
+
+
+class DivergenceWarning(UserWarning):
+    """Training is leaving the good region; the message says what to change."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the trainer is back at its last good state."""
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """Progress after one iteration.
+
+    Attributes:
+        iteration: 1 for the first.
+        cost: Exact cost of the noisy episodes, in units of the open-loop bound.
+        martingale_error: Root mean square of the martingale increments of an episode,
+            in the same units; 0 for the true value function up to exploration.
+        end_residual: Share of the length int sqrt|Q| that is not walked when the clock
+            ends, mean over trajectories; 0 with the hard constraint.
+        multiplier: gamma, in natural units; 0 with the hard constraint.
+    """
+
+    iteration: int
+    cost: float
+    martingale_error: float
+    end_residual: float
+    multiplier: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that shapes a training run besides its problem; see `ActorCritic`."""
+
+    steps: int
+    temperature: float
+    seed: int
+    constraint: Constraint
+    environment: Literal["table", "model"]
+    step_cost: Literal["exact", "left"]
+    test_function: Literal["relative", "gradient"]
+    floor: float
+    batch: int
+    hidden: int
+    critic_rate: float
+    actor_rate: float
+    multiplier_rate: float
+    critic_updates: int
+    warm_up: int
+
+    def check(self, trajectories: int) -> None:
+        """Refuse combinations that make no sense.
+
+        Raises:
+            ValueError: Naming the option and the remedy.
+        """
+        choices = {
+            "constraint": ("hard", "multiplier"),
+            "environment": ("table", "model"),
+            "step_cost": ("exact", "left"),
+            "test_function": ("relative", "gradient"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}: expected one of {allowed}, got {getattr(self, name)!r}"
+                )
+        if self.batch > trajectories:
+            raise ValueError(
+                f"batch: {self.batch} exceeds the {trajectories} trajectories of x_T; "
+                "pass more of them or a smaller batch"
+            )
+        if self.environment == "model" and self.step_cost == "exact":
+            raise ValueError(
+                "step_cost: 'exact' needs the table; with environment='model' only "
+                "step_cost='left' can be charged"
+            )

@@ -1,0 +1,5 @@
+"""Data and, later, small networks to try things on; nothing is downloaded."""
+
+from .data import digits
+
+__all__ = ["digits"]
