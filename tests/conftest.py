@@ -1,0 +1,28 @@
+"""What every test runs under: shapes checked, no CUDA assumed.
+
+The mathematics is in the test modules, the problems with exact answers in problems.py.
+"""
+
+import jaxtyping
+import pytest
+
+# Before artlib is imported: annotations are then checked at every call, in tests only.
+jaxtyping.install_import_hook("artlib", "beartype.beartype")
+
+import torch  # noqa: E402
+
+
+@pytest.fixture
+def as_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the run-time type checks, so that the library's own refusals are seen."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs CUDA where there is none; test refusals as a user meets them."""
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(skip)
+        if "refused" in item.name:
+            item.fixturenames.append("as_a_user")

@@ -1,0 +1,285 @@
+"""The book agrees with the library, and the files of the repository with each other."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import torch
+import yaml
+from execute_notebooks import KEPT
+from md2nb import FIRST_CELL, FIRST_TAGS, METADATA, TAGS, to_notebook, to_text
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import artlib
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+chapters = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@cache
+def notebook(path: Path) -> Any:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path: Path) -> list[Any]:
+    return [cell for cell in notebook(path).cells if cell.cell_type == "code"]
+
+
+PROJECT = tomllib.loads(read("pyproject.toml"))["project"]
+URL = PROJECT["urls"]["Repository"]
+PINS = {
+    requirement.name.lower(): str(requirement.specifier).removeprefix("==")
+    for line in read("constraints.txt").splitlines()
+    if line and not line.startswith("#")
+    for requirement in [Requirement(line)]
+}
+
+
+# Chapters. nbval passes over a cell that was never executed, and over tags that tell it
+# to; so what it relies on is asserted here.
+
+
+@chapters
+def test_every_cell_is_executed_in_order(path: Path) -> None:
+    counts = [cell.execution_count for cell in code_cells(path)]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+@chapters
+def test_outputs_are_clean(path: Path) -> None:
+    for number, cell in enumerate(code_cells(path), start=1):
+        for output in cell.outputs:
+            assert output.output_type != "error", f"cell {number} failed"
+            assert output.get("name") != "stderr", f"cell {number} wrote to stderr"
+            data = output.get("data", {})
+            text = output.get("text", "") + data.get("text/plain", "")
+            # An address in memory would differ at the next execution.
+            assert not re.search(r"\bat 0x[0-9a-f]+", text), f"cell {number}: {text}"
+
+
+@chapters
+def test_metadata_are_those_that_the_book_uses(path: Path) -> None:
+    assert notebook(path).metadata == METADATA
+    for cell in notebook(path).cells:
+        assert set(cell.metadata) <= set(KEPT)
+        assert set(cell.metadata.get("tags", [])) <= TAGS
+
+
+@chapters
+def test_figures_have_a_caption_and_a_text(path: Path) -> None:
+    for number, cell in enumerate(code_cells(path), start=1):
+        images = [o for o in cell.outputs if "image/png" in o.get("data", {})]
+        shown = not {"remove-cell", "remove-output"} & set(
+            cell.metadata.get("tags", [])
+        )
+        if images and shown:
+            assert len(images) == 1, f"cell {number} shows {len(images)} figures"
+            assert "mystnb" in cell.metadata, f"the figure of cell {number} has no name"
+
+
+@chapters
+def test_first_cell_is_the_common_one(path: Path) -> None:
+    first = notebook(path).cells[0]
+    assert first.source == FIRST_CELL.read_text(encoding="utf-8").rstrip()
+    assert first.metadata.tags == FIRST_TAGS
+    assert URL in first.source
+
+
+@chapters
+def test_cells_are_plain_python(path: Path) -> None:
+    # A full run has no Jupyter; a magic is no Python and fails to parse.
+    for cell in code_cells(path):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names]
+                names.append(getattr(node, "module", None) or "")
+                assert not [
+                    n for n in names if n.split(".")[0] in ("IPython", "myst_nb")
+                ]
+
+
+@chapters
+def test_text_form_gives_the_same_notebook(path: Path) -> None:
+    def essence(cells: list[Any]) -> list[tuple[Any, ...]]:
+        return [(c.cell_type, c.source, c.metadata) for c in cells]
+
+    again = to_notebook(to_text(notebook(path)))
+    assert essence(again.cells) == essence(notebook(path).cells)
+
+
+def test_no_two_chapters_define_the_same_name() -> None:
+    owners: dict[str, str] = {}
+    for path in NOTEBOOKS:
+        for cell in code_cells(path):
+            for node in ast.walk(ast.parse(cell.source)):
+                if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                    owner = owners.setdefault(node.name, path.stem)
+                    assert owner == path.stem, (
+                        f"{owner} and {path.stem} both define {node.name}: "
+                        "it belongs to the library"
+                    )
+
+
+def test_every_chapter_is_in_the_contents() -> None:
+    toc = yaml.safe_load(read("_toc.yml"))
+    files = [toc["root"], *(c["file"] for p in toc["parts"] for c in p["chapters"])]
+    assert len(files) == len(set(files))
+    listed = {name for name in files if name.startswith("notebooks/")}
+    assert listed == {f"notebooks/{path.stem}" for path in NOTEBOOKS}
+    pages = {name for name in files if name.startswith("book/")}
+    assert pages == {f"book/{path.stem}" for path in (ROOT / "book").glob("*.md")}
+
+
+# The paper map.
+
+
+def map_rows() -> list[list[str]]:
+    lines = [line for line in read("book/paper-map.md").splitlines() if line[:1] == "|"]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+@pytest.mark.parametrize("row", map_rows(), ids=lambda row: row[0])
+def test_paper_map_names_what_exists(row: list[str]) -> None:
+    _, _, chapter, functions, tests = row
+    documents = re.findall(r"\{doc\}`\.\./([^`]+)`", chapter)
+    assert documents, "no chapter named"
+    for document in documents:
+        assert (ROOT / f"{document}.ipynb").is_file(), document
+    names = re.findall(r"`([\w.]+)`", functions)
+    assert names, "no function named"
+    for name in names:
+        resolve(name)
+    cases = re.findall(r"`(test_\w+)::(test_\w+)`", tests)
+    assert cases, "no test named"
+    for module, case in cases:
+        tree = ast.parse(read(f"tests/{module}.py"))
+        defined = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+        assert case in defined, f"{module} has no {case}"
+
+
+def resolve(name: str) -> object:
+    """What a dotted name inside artlib stands for; raises if there is no such thing."""
+    module, _, rest = name.partition(".")
+    try:
+        found: object = import_module(f"artlib.{module}")
+    except ModuleNotFoundError:
+        found, rest = artlib, name
+    for part in filter(None, rest.split(".")):
+        found = getattr(found, part)
+    return found
+
+
+# Files that say the same thing twice.
+
+
+def test_version_is_the_same_everywhere() -> None:
+    version = PROJECT["version"]
+    assert artlib.__version__ == version
+    assert str(yaml.safe_load(read("CITATION.cff"))["version"]) == version
+    latest = re.search(r"^## \[(.+?)\] - (.+)$", read("CHANGELOG.md"), re.MULTILINE)
+    assert latest is not None
+    assert latest[1] == version
+    assert latest[2] == yaml.safe_load(read("CITATION.cff"))["date-released"]
+
+
+def test_address_of_the_repository_is_the_same_everywhere() -> None:
+    assert yaml.safe_load(read("_config.yml"))["repository"]["url"] == URL
+    assert yaml.safe_load(read("CITATION.cff"))["repository-code"] == URL
+    assert f"git+{URL}\n" in read("README.md")
+    assert f'"{URL}"' in read("tools/first_cell.py")
+
+
+def test_names_and_licence_agree() -> None:
+    config, citation = (
+        yaml.safe_load(read(n)) for n in ("_config.yml", "CITATION.cff")
+    )
+    author = PROJECT["authors"][0]["name"]
+    assert citation["authors"] == [{"name": author}]
+    assert config["author"] == author
+    assert f"(c) {config['copyright']} {author}" in read("LICENSE")
+    assert PROJECT["license"] == citation["license"] == "MIT"
+    assert read("LICENSE").startswith("MIT License")
+    assert config["title"] in citation["title"]
+    start_page = notebook(ROOT / "notebooks" / "intro.ipynb")
+    assert config["title"] in start_page.cells[1].source.splitlines()[1]
+    for name in (PROJECT["name"], "Adaptive Resonance Theory"):
+        assert name in read("README.md")
+
+
+def test_python_versions_agree() -> None:
+    oldest = PROJECT["requires-python"].removeprefix(">=")
+    listed = [c.split()[-1] for c in PROJECT["classifiers"] if ":: Python :: 3." in c]
+    assert min(listed, key=Version) == oldest
+    assert f"Python {oldest} or newer" in read("README.md")
+    assert f"sys.version_info >= ({oldest.replace('.', ', ')})" in read("Makefile")
+    assert f"python={oldest}" in yaml.safe_load(read("environment.yml"))["dependencies"]
+
+
+def test_every_requirement_has_a_pin_within_its_range() -> None:
+    extras = PROJECT["optional-dependencies"].values()
+    wanted = [*PROJECT["dependencies"], *(line for extra in extras for line in extra)]
+    for requirement in map(Requirement, wanted):
+        if requirement.name != PROJECT["name"]:
+            assert requirement.specifier.contains(PINS[requirement.name.lower()])
+
+
+def test_environment_has_the_same_pins() -> None:
+    environment = yaml.safe_load(read("environment.yml"))
+    assert environment["name"] == PROJECT["name"]
+    (pip,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
+    assert pip[0] == "-c constraints.txt"
+    assert pip[-1] == "-e .[book,test]"
+    assert '-c constraints.txt -e ".[book,test]"' in read("Makefile")
+    pinned = {r.name.lower(): r.specifier for r in map(Requirement, pip[1:-1])}
+    for name, specifier in pinned.items():
+        assert str(specifier) == f"=={PINS[name]}"
+    books = PROJECT["optional-dependencies"]
+    needed = [*PROJECT["dependencies"], *books["notebooks"], *books["book"]]
+    direct = {Requirement(line).name.lower() for line in needed} - {PROJECT["name"]}
+    assert direct - pinned.keys() == {"nbclient"}, "or list the new one there"
+
+
+def test_commands_of_the_readme_exist_and_ci_runs_them() -> None:
+    commands = re.findall(r"^make (\w+)", read("README.md"), re.MULTILINE)
+    targets = re.findall(r"^(\w+):", read("Makefile"), re.MULTILINE)
+    assert set(commands) <= set(targets)
+    assert {"book", "test"} <= set(commands)
+    in_help = re.findall(r'"make (\w+)', read("Makefile"))
+    assert set(in_help) == set(targets) - {"help"}
+    ran = re.findall(r"^make (\w+) </dev/null$", read(".ci/run"), re.MULTILINE)
+    assert ran == ["test", "book"]
+
+
+def test_example_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
+    torch.manual_seed(0)
+    # The denoiser of standard normal data.
+    scope: dict[str, Any] = {"denoiser": lambda x, t: x / (1 + t**2)}
+    exec(compile(example, "README.md", "exec"), scope)
+    assert scope["grid"][0] == 80.0
+    assert scope["grid"][-1] == 0.0
+    assert len(scope["grid"]) == 11
+    assert abs(float(scope["x_0"].std()) - 1.0) < 0.05
+    assert (tmp_path / "my-model.json").is_file()
+
+
+def test_status_page_is_current() -> None:
+    command = [sys.executable, "tools/build_status.py", "--check"]
+    subprocess.run(command, cwd=ROOT, check=True)

@@ -1,0 +1,218 @@
+"""Processes: derivatives by autograd, inverses, the forward equation, and files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate
+from torch import Tensor
+
+from artlib._log_level import log_level, log_level_dot, table_times
+from artlib.processes import VE, VP, Process, RectifiedFlow, as_time, process_from_dict
+
+PROCESSES = (
+    VE(),
+    VE(sigma_min=2e-4, sigma_max=3.0),
+    VP(),
+    VP(beta_min=2.0, beta_max=2.0),  # constant beta: the quadratic of B degenerates
+    VP(t_min=1e-5),
+    RectifiedFlow(),
+    RectifiedFlow(t_min=0.01, t_max=0.9),
+)
+each_process = pytest.mark.parametrize("process", PROCESSES, ids=repr)
+
+
+def times(process: Process, n: int = 41) -> Tensor:
+    """Times from t_min to t_max, both included, even in the logarithm."""
+    t = torch.logspace(
+        math.log10(process.t_min), math.log10(process.t_max), n, dtype=torch.float64
+    )
+    t[0], t[-1] = process.t_min, process.t_max
+    return t
+
+
+def derivative(f: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    t = t.clone().requires_grad_()
+    value = f(t).sum()
+    if not value.requires_grad:  # a constant
+        return torch.zeros_like(t)
+    (gradient,) = torch.autograd.grad(value, t, allow_unused=True)
+    return torch.zeros_like(t) if gradient is None else gradient
+
+
+@each_process
+def test_derivatives_equal_autograd(process: Process) -> None:
+    t = times(process)
+    pairs = [
+        (process.alpha, process.alpha_dot),
+        (process.alpha_dot, process.alpha_ddot),
+        (process.sigma, process.sigma_dot),
+        (process.sigma_dot, process.sigma_ddot),
+        (lambda t: log_level(process, t), lambda t: log_level_dot(process, t)),
+    ]
+    for f, f_dot in pairs:
+        torch.testing.assert_close(f_dot(t), derivative(f, t), rtol=1e-10, atol=1e-12)
+
+
+def test_vp_against_its_defining_integral() -> None:
+    # alpha = exp(-B/2), sigma^2 = 1 - alpha^2, with B integrated numerically.
+    process = VP(beta_min=0.3, beta_max=15.0)
+    for t in (1e-3, 0.1, 0.6, 1.0):
+        b, _ = integrate.quad(lambda s: 0.3 + 14.7 * s, 0, t)
+        assert float(process.alpha(t)) == pytest.approx(math.exp(-b / 2), rel=1e-13)
+        assert float(process.sigma(t) ** 2) == pytest.approx(-math.expm1(-b), rel=1e-13)
+
+
+def test_vp_keeps_its_digits_at_small_times() -> None:
+    # sigma^2 = B - B^2/2 + ..., B ~ beta_min t: 1 - alpha^2 would have 4 digits left.
+    process = VP()
+    t = torch.tensor([1e-12, 1e-10], dtype=torch.float64)
+    b = 0.1 * t + 9.95 * t**2
+    torch.testing.assert_close(
+        process.sigma(t), (b - b**2 / 2).sqrt(), rtol=1e-14, atol=0
+    )
+    torch.testing.assert_close(
+        process.noise_level(t), (b + b**2 / 2).sqrt(), rtol=1e-14, atol=0
+    )
+    # d sigma / dt ~ sqrt(beta_min / t) / 2 and its derivative -1/4 beta_min^.5 t^-1.5.
+    torch.testing.assert_close(
+        process.sigma_dot(t), 0.5 * (0.1 / t).sqrt(), rtol=1e-7, atol=0
+    )
+    torch.testing.assert_close(
+        process.sigma_ddot(t), -0.25 * 0.1**0.5 * t**-1.5, rtol=1e-7, atol=0
+    )
+    back = process.inverse_noise_level(process.noise_level(t))
+    torch.testing.assert_close(back, t, rtol=1e-13, atol=0)
+
+
+@each_process
+def test_inverses_round_trip(process: Process) -> None:
+    t = times(process)
+    level, log_snr = process.noise_level(t), process.log_snr(t)
+    torch.testing.assert_close(level, process.sigma(t) / process.alpha(t))
+    torch.testing.assert_close(
+        log_snr, 2 * torch.log(process.alpha(t) / process.sigma(t))
+    )
+    torch.testing.assert_close(
+        process.inverse_noise_level(level), t, rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(process.inverse_log_snr(log_snr), t, rtol=1e-12, atol=0)
+    # And the other way round, from levels of which none is a table's.
+    level = torch.tensor([1e-6, 0.3, 1.0, 7.0, 123.0], dtype=torch.float64)
+    again = process.noise_level(process.inverse_noise_level(level))
+    torch.testing.assert_close(again, level, rtol=1e-12, atol=0)
+
+
+def test_the_end_without_signal() -> None:
+    process = RectifiedFlow()
+    assert float(process.noise_level(1.0)) == math.inf
+    assert float(process.log_snr(1.0)) == -math.inf
+    assert float(process.inverse_noise_level(math.inf)) == 1.0
+    assert float(process.inverse_log_snr(-math.inf)) == 1.0
+    assert math.isfinite(float(log_level(process, 1.0)))
+
+
+@each_process
+def test_forward_equation_has_the_stated_moments(process: Process) -> None:
+    # Eq. (1): the mean solves m' = -f m, the variance V' = -2 f V + g^2; check the
+    # derivatives of alpha and sigma^2 against the coefficients.
+    t = times(process)[:-1] if process == RectifiedFlow() else times(process)
+    f, g2 = process.drift(t), process.diffusion_squared(t)
+    torch.testing.assert_close(-f * process.alpha(t), process.alpha_dot(t))
+    growth = 2 * process.sigma(t) * process.sigma_dot(t)
+    torch.testing.assert_close(
+        -2 * f * process.sigma(t) ** 2 + g2, growth, rtol=1e-9, atol=1e-9
+    )
+    assert bool((g2 > 0).all())
+
+
+def test_diffusion_of_vp_is_beta() -> None:
+    t = torch.linspace(1e-3, 1, 9, dtype=torch.float64)
+    torch.testing.assert_close(VP().diffusion_squared(t), 0.1 + 19.9 * t)
+    torch.testing.assert_close(VP().drift(t), (0.1 + 19.9 * t) / 2)
+
+
+@each_process
+def test_numbers_and_tensors_agree(process: Process) -> None:
+    t = 0.37 * process.t_max
+    for f in (
+        process.alpha,
+        process.sigma,
+        process.alpha_dot,
+        process.sigma_dot,
+        process.alpha_ddot,
+        process.sigma_ddot,
+        process.noise_level,
+        process.log_snr,
+        process.drift,
+        process.diffusion_squared,
+    ):
+        scalar = f(t)
+        assert scalar.shape == ()
+        assert scalar.dtype == torch.float64
+        grid = f(torch.full((3, 2), t, dtype=torch.float64))
+        assert grid.shape == (3, 2)
+        assert bool((grid == scalar).all())
+        assert f(torch.tensor([t])).dtype == torch.float32  # a tensor keeps its dtype
+        assert f(torch.tensor([1])).is_floating_point()  # unless it holds integers
+
+
+def test_a_number_is_not_rounded_to_float32() -> None:
+    assert float(as_time(0.1)) == 0.1
+    assert float(as_time(torch.tensor(0.1))) != 0.1
+    t = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    assert as_time(t).requires_grad
+
+
+@each_process
+def test_json_round_trip(process: Process) -> None:
+    again = process_from_dict(json.loads(json.dumps(process.to_dict())))
+    assert again == process
+    assert hash(again) == hash(process)
+    assert len({process, again}) == 1
+
+
+def test_processes_are_values() -> None:
+    assert VE() != VP()
+    assert VE(0.002, 80.0) != VE(0.002, 79.0)
+    assert (VE(0.01, 5.0).t_min, VE(0.01, 5.0).t_max) == (0.01, 5.0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        VP().beta_max = 3.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: VE(sigma_min=0.0), "t_min"),
+        (lambda: VE(sigma_min=2.0, sigma_max=1.0), "t_min < t_max"),
+        (lambda: VE(sigma_max=math.inf), "t_max"),
+        (lambda: VE(sigma_min=math.nan), "t_min"),
+        (lambda: VP(beta_min=-1.0), "beta_min"),
+        (lambda: VP(beta_max=0.05), "beta_max"),
+        (lambda: VP(beta_max=math.nan), "beta_max"),
+        (lambda: RectifiedFlow(t_max=1.01), "t_max"),
+        (lambda: process_from_dict({"name": "vpp"}), "vpp"),
+        (lambda: process_from_dict({"name": ["vp"]}), "unknown name"),
+        (lambda: process_from_dict({"name": "vp", "beta": 1}), "beta"),
+        (lambda: process_from_dict({"name": "ve", "sigma_max": None}), "'ve'"),
+    ],
+)
+def test_bad_parameters_are_named(make: Callable[[], Process], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        make()
+
+
+@each_process
+def test_table_times_are_even_in_the_log_level(process: Process) -> None:
+    for points in (5, 64, 2049):
+        t = table_times(process, points)
+        assert (float(t[0]), float(t[-1])) == (process.t_max, process.t_min)
+        assert bool((t[1:] < t[:-1]).all())
+        gaps = log_level(process, t).diff()
+        np.testing.assert_allclose(gaps, gaps.mean(), rtol=1e-6)

@@ -1,0 +1,207 @@
+"""The programs behind the Makefile, and what chapters take from artlib.book."""
+
+import datetime
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import nbformat
+import pytest
+import torch
+from build_status import NONE, page
+from execute_notebooks import record, select
+from md2nb import ChapterError, to_notebook, to_text
+from run_chapter import code_cells, find, run_cell
+
+import artlib
+from artlib import book
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAPTER = """\
+# Title
+
+Text with $x$.
+
+```python
+not = executed
+```
+
+```{code-cell}
+:tags: [hide-input]
+:figure: fig-one
+:caption: A caption with $\\psi$: over
+  two lines.
+:alt: One line.
+book.show(figure)
+```
+
++++
+
+First.
+
++++
+
+Second.
+
+```{code-cell}
+1 + 1
+```
+
+```{code-cell}
+1 + 1
+```
+"""
+
+
+def test_text_becomes_a_notebook_and_text_again() -> None:
+    notebook = to_notebook(CHAPTER)
+    kinds = [cell.cell_type for cell in notebook.cells]
+    prose, code = "markdown", "code"
+    assert kinds == [code, prose, code, prose, prose, code, code]
+    figure = notebook.cells[2].metadata
+    assert figure.tags == ["hide-input"]
+    caption = "A caption with $\\psi$: over two lines."
+    assert figure.mystnb.figure == {"name": "fig-one", "caption": caption}
+    assert figure.mystnb.image == {"alt": "One line."}
+    assert len({cell.id for cell in notebook.cells}) == len(kinds)
+    assert to_notebook(to_text(notebook)) == notebook
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("```{code-cell}\n1\n", "never closed"),
+        ("```{code-cell}\n```\n", "empty"),
+        (" ```{code-cell}\n1\n```\n", "left margin"),
+        ("````{note}\n```{code-cell}\n1\n```\n````\n", "outside any other block"),
+        ("```{code-cell}\n:tags: [skip]\n1\n```\n", "tags must be a list out of"),
+        ("```{code-cell}\n:wide: 1\n1\n```\n", "unknown option"),
+        ("```{code-cell}\n:figure: a\n1\n```\n", r"also needs \['caption', 'alt'\]"),
+        ("```python\n1\n", "never closed"),
+    ],
+)
+def test_what_is_no_chapter_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ChapterError, match=message):
+        to_notebook(text)
+
+
+def test_chapter_runs_without_jupyter(tmp_path: Path) -> None:
+    path = tmp_path / "small.ipynb"
+    text = """
+```{code-cell}
+import sys
+
+class Record: ...
+display("shown")
+book.glue("one", 1.0)
+assert "IPython" not in sys.modules and "nbformat" not in sys.modules
+Record.__module__, __import__("os").path.basename(__import__("os").getcwd())
+```
+"""
+    nbformat.write(to_notebook(text), path)
+    command = [sys.executable, ROOT / "tools" / "run_chapter.py", path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"shown\n('__main__', {tmp_path.name!r})\n"
+    assert done.stderr.startswith("small: 2 cells in ")
+
+
+def test_last_expression_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    scope: dict[str, object] = {}
+    run_cell("x = 2\nx + 1", "cell", scope)
+    run_cell("x;", "cell", scope)
+    run_cell("None", "cell", scope)
+    run_cell("# nothing", "cell", scope)
+    assert capsys.readouterr().out == "3\n"
+
+
+def test_chapters_are_found_by_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notebooks").mkdir()
+    for name in ("00-a", "01-b"):
+        nbformat.write(to_notebook(""), tmp_path / "notebooks" / f"{name}.ipynb")
+    monkeypatch.setattr("run_chapter.ROOT", tmp_path)
+    monkeypatch.setattr("execute_notebooks.NOTEBOOKS", tmp_path / "notebooks")
+    assert find("01").name == "01-b.ipynb"
+    assert code_cells(find("01"))[0].startswith("# Set-up")
+    assert [path.stem for path in select([])] == ["00-a", "01-b"]
+    assert [path.stem for path in select(["00"])] == ["00-a"]
+    for search in (find, lambda name: select([name])):
+        with pytest.raises(SystemExit, match="names 0 chapters"):
+            search("07")
+
+
+def test_status_page_lists_recorded_runtimes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtimes = tmp_path / "results" / "runtimes.json"
+    monkeypatch.setattr("execute_notebooks.RUNTIMES", runtimes)
+    monkeypatch.setattr("build_status.RUNTIMES", runtimes)
+    assert page().endswith(NONE)
+    record({"01-b": 12.34})
+    record({"00-a": 5.0})
+    rows = page().splitlines()[-2:]
+    assert rows[0].startswith("| {doc}`../notebooks/00-a` | 5 |")
+    assert rows[1].startswith("| {doc}`../notebooks/01-b` | 12 |")
+
+
+def test_glue_rounds_to_significant_digits() -> None:
+    book.glue("a", 1234.5678)
+    book.glue("b", torch.tensor(0.000123456), digits=2)
+    book.glue("c", 7)
+    book.glue("d", "fast")
+    stored = {name: book.GLUED[name] for name in "abcd"}
+    assert stored == {"a": 1235.0, "b": 0.00012, "c": 7, "d": "fast"}
+    assert isinstance(stored["c"], int)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_glue_of_no_number_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=r"glue\('a'\): expected a finite number"):
+        book.glue("a", value)
+
+
+def test_show_closes_the_figure() -> None:
+    figure = plt.figure()
+    book.show(figure)
+    assert not plt.fignum_exists(figure.number)
+
+
+def test_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ARTLIB_FULL", raising=False)
+    assert not book.full()
+    monkeypatch.setenv("ARTLIB_FULL", "0")
+    assert not book.full()
+    monkeypatch.setenv("ARTLIB_FULL", "1")
+    assert book.full()
+    monkeypatch.setenv("ARTLIB_DEVICE", "cpu")
+    assert book.device() == torch.device("cpu")
+    monkeypatch.delenv("ARTLIB_DEVICE")
+    assert (book.device().type == "cuda") == torch.cuda.is_available()
+
+
+def test_results_come_back_with_their_circumstances(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ARTLIB_DEVICE", "cpu")
+    with pytest.raises(FileNotFoundError, match="make full"):
+        book.load_results("table")
+    path = book.save_results("table", {"w2": [0.5, 0.25]}, seed=3)
+    assert path == tmp_path / "notebooks" / "results" / "table.json"
+    assert [p.name for p in path.parent.iterdir()] == ["table.json"]
+    monkeypatch.chdir(tmp_path / "notebooks")  # as a chapter does
+    loaded = book.load_results("table")
+    assert loaded["results"] == {"w2": [0.5, 0.25]}
+    made = loaded["made"]
+    assert made["seed"] == 3
+    assert made["versions"]["artlib"] == artlib.__version__
+    assert made["versions"]["torch"] == torch.__version__
+    datetime.date.fromisoformat(made["date"])
+    assert made["device"]
+    assert made["commit"]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        book.save_results("table", {"w2": float("nan")}, seed=3)
+    assert json.loads(path.read_text()) == loaded
