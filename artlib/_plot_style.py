@@ -234,7 +234,8 @@ class Panel(Figure):
             super().__init__(figsize=(WIDTH, height), layout=layout)
 
     def draw(self, renderer: Any) -> None:
-        # Ticks are made when they are drawn, and take the settings of that moment.
+        # Fonts are looked up when they are drawn, and some versions of
+        # matplotlib make the ticks then, with the settings of that moment.
         with style():
             super().draw(renderer)
 

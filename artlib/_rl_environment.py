@@ -110,8 +110,9 @@ class TableEnvironment:
         self._project(path, seed)
         place = (self._top - level) / self.levels * (path.times.numel() - 1)
         features = _interpolate(self._states, place).permute(1, 0, 2)
-        rows = torch.cat([torch.stack(columns, dim=2), features.cpu()], dim=2)
-        self.width = features.shape[2]
+        own = (columns[1] - columns[1].mean(0)).clamp(-4, 4)[..., None] / 4
+        rows = torch.cat([torch.stack(columns, dim=2), own, features.cpu()], dim=2)
+        self.width = 1 + features.shape[2]
         self._rows = rows.reshape(-1, rows.shape[2]).to(device).contiguous()
         self._log_floored_mean = floored.mean(0).clamp_min(least).log().to(device)
 

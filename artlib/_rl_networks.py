@@ -1,6 +1,11 @@
 r"""Actor, critic, and the Gaussian policy between them.
 
-Both are small networks of (position, clock, state). With :math:`\tau` the share of the
+Both are small networks of position and state, and do not see the clock: the control
+problem is invariant under a scaling of the clock that is left (speeds go as its
+inverse, and so does the cost), so that dependence is written down instead of learned.
+With the multiplier the symmetry is gone, and the clock is an input. The position comes
+with its first Fourier modes, without which small networks smooth over the bends of |Q|.
+With :math:`\tau` the share of the
 clock that is spent, K steps in all and k taken, the **mean** step covers the share
 
 .. math:: f = \mathrm{sigmoid}\Bigl(a_\phi + \log\tfrac{h}{1-h}\Bigr), \qquad
@@ -29,6 +34,9 @@ from torch import Tensor, nn
 
 Constraint = Literal["hard", "multiplier"]
 
+FOURIER_MODES = 5
+"""Modes of the position that the networks see."""
+
 CUT = 2.0
 """Standard deviations at which exploration noise is cut off."""
 
@@ -46,18 +54,23 @@ def cut_normal(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
 
 
 class Head(nn.Module):
-    """A small network of position, clock and state, with one output.
+    """A small network of position, state and, if asked for, clock; with one output.
 
     Args:
         width: Number of state features.
         hidden: Width of the two hidden layers.
         rng: Source of the initial weights.
+        clock: Whether the clock is an input.
     """
 
-    def __init__(self, width: int, hidden: int, rng: torch.Generator) -> None:
+    def __init__(
+        self, width: int, hidden: int, rng: torch.Generator, *, clock: bool = False
+    ) -> None:
         super().__init__()
+        self.clock = clock
+        width += 1 + 2 * FOURIER_MODES + 2 * clock
         layers = [
-            nn.Linear(width + 3, hidden),
+            nn.Linear(width, hidden),
             nn.Linear(hidden, hidden),
             nn.Linear(hidden, 1),
         ]
@@ -74,8 +87,12 @@ class Head(nn.Module):
 
     def forward(self, rho: Tensor, tau: Tensor, features: Tensor) -> Tensor:
         """Output [...] for positions [...], clock shares [...], features [..., m]."""
-        clock = torch.stack([2 * rho - 1, torch.log1p(-tau), 2 * tau - 1], dim=-1)
-        x = torch.cat([clock.float(), features], dim=-1)
+        modes = math.pi * torch.arange(1, FOURIER_MODES + 1, device=rho.device)
+        angle = rho[..., None] * modes
+        inputs = [2 * rho[..., None] - 1, angle.sin(), angle.cos()]
+        if self.clock:
+            inputs += [torch.log1p(-tau)[..., None], 2 * tau[..., None] - 1]
+        x = torch.cat([torch.cat(inputs, dim=-1).float(), features], dim=-1)
         output: Tensor = self.layers(x)
         return output[..., 0]
 

@@ -28,7 +28,8 @@ FINE = 2049
 """Quadrature points; trapezoids there are exact to 1e-6 of a cost."""
 
 KNOTS = 513
-"""Knots of a learned time change, at even readings of the clock."""
+"""Knots of a learned time change: half of them follow the clock, half the log noise
+level, for ranges that the clock crosses in a tick."""
 
 FLOOR = 1e-4
 """Least density of steps, relative to its mean over the range: real |Q| underflows to
@@ -133,7 +134,7 @@ class StiffnessTable:
         Raises:
             ValueError: If the schedule belongs to another process.
         """
-        self._check_process(schedule)
+        check_process(schedule, self.process)
         speed = schedule.speed(schedule.clock(self.fine_times))
         return float(self._integral(self.fine_mean * speed))
 
@@ -197,11 +198,13 @@ class StiffnessTable:
             raise ValueError(
                 f"average: expected 'open_loop' or 'paper', got {average!r}"
             )
-        # Times at even readings of the clock: one row per clock, then their mean. The
+        # Times at equal readings of the clocks: one row per clock, then their mean. The
         # mean of the psi of all paths is what the mean of their theta integrates to.
-        ticks = torch.linspace(0, 1, KNOTS, dtype=torch.float64)
+        clocks = self._clock(density).numpy()
+        clock, level = clocks.mean(0), np.linspace(0, 1, FINE)
+        ticks = np.interp(np.linspace(0, 1, KNOTS), (clock + level) / 2, clock)
         log_t = self.fine_times.log().numpy()
-        rows = [np.interp(ticks, c, log_t) for c in self._clock(density).numpy()]
+        rows = [np.interp(ticks, c, log_t) for c in clocks]
         times = np.exp(np.stack(rows)).mean(0)
         times[0], times[-1] = self.times[0], self.times[-1]
         return from_time_change(
@@ -218,23 +221,13 @@ class StiffnessTable:
         Returns:
             V <= 0; minus the cost still to come on the optimal clock.
         """
-        s = as_time(clock)
         length = self.cumulative(self.fine_mean.sqrt()[None])[0]
-        to_go = torch.from_numpy(
-            np.interp(
-                np.log(as_time(t).detach().cpu().numpy()),
-                self.fine_times.log().numpy()[::-1],
-                (length[-1] - length).numpy()[::-1],
-            )
+        to_go = np.interp(
+            np.log(as_time(t).detach().cpu().numpy()),
+            self.fine_times.log().numpy()[::-1],
+            (length[-1] - length).numpy()[::-1],
         )
-        return -(to_go**2) / (self.span - s)
-
-    def _check_process(self, schedule: Schedule) -> None:
-        if schedule.process != self.process:
-            raise ValueError(
-                f"schedule: it belongs to {schedule.process}, the flow to "
-                f"{self.process}; make it for the same process and range"
-            )
+        return -(torch.as_tensor(to_go) ** 2) / (self.span - as_time(clock).cpu())
 
     def cumulative(self, integrand: Tensor) -> Tensor:
         """Trapezoids of rows [N, FINE] from t_max down, starting at 0."""
@@ -257,3 +250,12 @@ class StiffnessTable:
         floor = torch.where(mean > 0, FLOOR * mean, 1.0)
         total = self.cumulative(torch.maximum(density, floor))
         return total / total[:, -1:]
+
+
+def check_process(schedule: Schedule, process: Process) -> None:
+    """Raise a ``ValueError`` if a schedule was made for another process."""
+    if schedule.process != process:
+        raise ValueError(
+            f"schedule: it belongs to {schedule.process}, the flow to {process}; "
+            "make it for the same process and range"
+        )

@@ -23,6 +23,7 @@ all alike.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import warnings
@@ -101,7 +102,7 @@ class ActorCritic:
         batch: int | None = None,
         hidden: int = 64,
         critic_rate: float = 1e-2,
-        actor_rate: float = 2e-3,
+        actor_rate: float = 5e-3,
         multiplier_rate: float = 0.05,
         critic_updates: int = 4,
         warm_up: int = 50,
@@ -145,8 +146,11 @@ class ActorCritic:
         )
         weights = torch.Generator().manual_seed(self.options.seed)
         width = self.environment.width
-        self.actor = Head(width, self.options.hidden, weights).to(self.device)
-        self.critic = Head(width, self.options.hidden, weights).to(self.device)
+        clock = constraint == "multiplier"
+        self.actor, self.critic = (
+            Head(width, self.options.hidden, weights, clock=clock).to(self.device)
+            for _ in range(2)
+        )
         self._average = [p.detach().clone() for p in self.actor.parameters()]
         rates = self.options.actor_rate, self.options.critic_rate
         self._optimizers = [
@@ -371,9 +375,7 @@ class ActorCritic:
         Returns:
             float64 [N, K + 1] on the CPU: each path's clock at even readings.
         """
-        actor = Head(self.environment.width, self.options.hidden, torch.Generator()).to(
-            self.device
-        )
+        actor = copy.deepcopy(self.actor)
         for parameter, mean in zip(actor.parameters(), self._average, strict=True):
             parameter.data.copy_(mean)
         rows = torch.arange(self.environment.size, device=self.device)

@@ -26,7 +26,7 @@ from torch import Tensor
 from ._checks import check_samples, positive_int
 from ._log_level import table_times
 from ._reference_path import Trajectory
-from ._stiffness import Average, Clock, StiffnessTable
+from ._stiffness import Average, Clock, StiffnessTable, check_process
 from .denoisers import CountNFE
 from .flow import ProbabilityFlow
 from .schedules import Schedule
@@ -152,6 +152,7 @@ def cost(
         x_T: States at ``t_max`` [N, *shape].
         points: Times of the stiffness table.
     """
+    check_process(schedule, flow.process)  # before anything is spent
     return stiffness_table(flow, x_T, points=points).cost(schedule)
 
 
@@ -170,4 +171,6 @@ def lower_bound(
         clock: ``"open_loop"`` or ``"feedback"``.
         points: Times of the stiffness table.
     """
+    if clock not in ("open_loop", "feedback"):
+        raise ValueError(f"clock: expected 'open_loop' or 'feedback', got {clock!r}")
     return stiffness_table(flow, x_T, points=points).lower_bound(clock)

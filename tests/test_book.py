@@ -152,19 +152,22 @@ def map_rows() -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-@pytest.mark.parametrize("row", map_rows(), ids=lambda row: row[0])
+@pytest.mark.parametrize("row", map_rows(), ids=lambda row: row[1])
 def test_paper_map_names_what_exists(row: list[str]) -> None:
     _, _, chapter, functions, tests = row
-    documents = re.findall(r"\{doc\}`\.\./([^`]+)`", chapter)
-    assert documents, "no chapter named"
-    for document in documents:
-        assert (ROOT / f"{document}.ipynb").is_file(), document
+    documents = re.findall(r"\{doc\}`[^<]+<\.\./([^>]+)>`", chapter)
+    (document,) = documents
+    path = ROOT / f"{document}.ipynb"
+    assert path.is_file(), document
     names = re.findall(r"`([\w.]+)`", functions)
     assert names, "no function named"
     for name in names:
         resolve(name)
     cases = re.findall(r"`(test_\w+)::(test_\w+)`", tests)
     assert cases, "no test named"
+    if number := re.search(r"<(eq-paper-\d+)>", row[0]):
+        sources = "".join(cell.source for cell in notebook(path).cells)
+        assert f"({number[1]})=" in sources, f"{path.stem} has no {number[1]}"
     for module, case in cases:
         tree = ast.parse(read(f"tests/{module}.py"))
         defined = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}

@@ -50,7 +50,8 @@ VISIBLE_TEXT = """() => {
     return document.title + " " + copy.textContent;
 }"""
 UNSET_MATHEMATICS = """() => [
-    ...document.querySelectorAll("[data-mjx-error], [data-mml-node=merror], [fill=red]"),
+    ...document.querySelectorAll("[data-mjx-error], [data-mml-node=merror]"),
+    ...document.querySelectorAll("mjx-container [fill=red]"),  // an unknown command
     ...[...document.querySelectorAll("span.math, div.math")].filter(
         node => !node.querySelector("mjx-container")),
 ].map(node => node.outerHTML.slice(0, 200))"""

@@ -14,6 +14,7 @@ from scipy import integrate, optimize
 from torch import Tensor
 
 import artlib
+from artlib._stiffness import PATH_FLOOR
 from artlib.control import StiffnessTable, art, cost, lower_bound, stiffness_table
 from artlib.denoisers import CountNFE
 from artlib.flow import ProbabilityFlow
@@ -99,13 +100,9 @@ def test_speed_equalises_the_error(c: float) -> None:
     # |Q| theta^2 is constant in time where the schedule is optimal.
     flow, x_T = round_gaussian(c, VE())
     schedule = art(flow, x_T)
-    for process_time in torch.logspace(-2.69, 1.9, 25, dtype=F64).tolist():
-        q = c**2 * (process_time**2 + c**2) ** -1.5
-        speed = float(schedule.speed(schedule.clock(process_time)))
-        product = q * speed**2
-        reference = c**2 * (1 + c**2) ** -1.5
-        reference *= float(schedule.speed(schedule.clock(1.0))) ** 2
-        assert product == pytest.approx(reference, rel=1e-2), process_time
+    t = torch.logspace(math.log10(0.0021), math.log10(79.9), 300, dtype=F64)
+    product = (t**2 + c**2) ** -1.5 * schedule.speed(schedule.clock(t)) ** 2
+    assert float((product / product.median() - 1).abs().max()) < 1e-2
 
 
 def test_lower_bound_of_a_gaussian_by_quadrature() -> None:
@@ -132,7 +129,7 @@ def test_art_attains_the_bound(process: Process, kind: str) -> None:
     bound = table.lower_bound()
     # Slopes between stored knots cost a little where |Q| has bumps.
     assert table.cost(table.art()) == pytest.approx(bound, rel=1e-4)
-    assert table.cost(table.art()) >= bound * (1 - 1e-6)
+    assert table.cost(table.art()) >= bound * (1 - 2e-5)
 
 
 @each_process
@@ -228,9 +225,9 @@ def test_paper_average_equals_open_loop_on_like_trajectories(process: Process) -
 def test_paper_average_is_the_mean_of_the_feedback_clocks(process: Process) -> None:
     # Built here from scratch: a schedule per trajectory, psi averaged at equal clocks.
     table = wiggly(process)
-    alone = [
-        StiffnessTable(process, table.times, row[None]).art() for row in table.values
-    ]
+    floored = torch.maximum(table.fine_values, PATH_FLOOR * table.fine_mean)
+    times = table.fine_times
+    alone = [StiffnessTable(process, times, row[None]).art() for row in floored]
     clock = torch.linspace(0, table.span, 40, dtype=F64)[1:-1]
     mean = torch.stack([s.time(clock) for s in alone]).mean(0)
     paper = table.art("paper")
@@ -377,7 +374,9 @@ def test_underflowing_q_stays_monotone(average: str) -> None:
     assert bool((schedule.speed(torch.linspace(0, table.span, 999)) > 0).all())
     # The floor diverts next to nothing: the bound is attained all the same.
     if average == "open_loop":
-        assert table.cost(schedule) == pytest.approx(table.lower_bound(), rel=2e-3)
+        assert table.cost(schedule) == pytest.approx(table.lower_bound(), rel=1e-4)
+    else:
+        assert table.cost(schedule) < 1.2 * table.lower_bound()
 
 
 @each_process
@@ -394,11 +393,10 @@ def test_zero_over_a_range_and_on_whole_paths(process: Process) -> None:
 
 
 def test_straight_paths_have_nothing_to_learn() -> None:
-    for denoiser in (torch.zeros_like, lambda x: torch.full_like(x, 0.3)):
-        flow = ProbabilityFlow(VE(), lambda x, t, d=denoiser: d(x))
-        for average in ("open_loop", "paper"):
-            with pytest.raises(ValueError, match="straight"):
-                art(flow, torch.ones(3, 2, dtype=F64), average=average)
+    flow = ProbabilityFlow(VE(), lambda x, t: torch.full_like(x, 0.3))
+    for average in ("open_loop", "paper"):
+        with pytest.raises(ValueError, match="straight"):
+            art(flow, torch.ones(3, 2, dtype=F64), average=average, points=9)
 
 
 def test_a_table_of_64_times_resolves_rectified_flow() -> None:
@@ -413,10 +411,10 @@ def test_a_table_of_64_times_resolves_rectified_flow() -> None:
 @each_process
 def test_methods_agree(process: Process) -> None:
     problem = mixture_16d(process, n=16)
-    exact = stiffness_table(problem.flow(), problem.x_T, method="dopri5", rtol=1e-8)
+    exact = stiffness_table(problem.flow(), problem.x_T, method="dopri5", rtol=1e-6)
     assert exact.acceleration == "jvp"
     flow = ProbabilityFlow(process, problem.denoiser, acceleration="difference")
-    for f, method in ((problem.flow(), "rk4"), (problem.flow(), "heun"), (flow, "rk4")):
+    for f, method in ((problem.flow(), "heun"), (flow, "rk4")):
         table = stiffness_table(f, problem.x_T, method=method)
         assert table.lower_bound() == pytest.approx(exact.lower_bound(), rel=1e-2)
         assert exact.cost(table.art()) == pytest.approx(exact.lower_bound(), rel=1e-3)
@@ -438,18 +436,18 @@ def test_table_counts_what_it_spent() -> None:
 
 def test_top_level_calls_are_the_tables() -> None:
     problem = mixture_16d(VP(), n=8)
-    flow, x_T = problem.flow(), problem.x_T
-    table = stiffness_table(flow, x_T)
-    assert art(flow, x_T) == table.art()
-    assert art(flow, x_T, average="paper") == table.art("paper")
-    assert cost(flow, edm(VP()), x_T) == table.cost(edm(VP()))
-    assert lower_bound(flow, x_T) == table.lower_bound()
-    assert lower_bound(flow, x_T, clock="feedback") == table.lower_bound("feedback")
+    flow, x_T, n = problem.flow(), problem.x_T, 12
+    table = stiffness_table(flow, x_T, points=n)
+    assert art(flow, x_T, points=n) == table.art()
+    assert art(flow, x_T, average="paper", points=n) == table.art("paper")
+    assert cost(flow, edm(VP()), x_T, points=n) == table.cost(edm(VP()))
+    for clock in ("open_loop", "feedback"):
+        bound = lower_bound(flow, x_T, clock=clock, points=n)
+        assert bound == table.lower_bound(clock)
     with torch.inference_mode():
-        assert art(flow, x_T.clone()) == table.art()
-    assert art(flow, x_T.float()).grid(5)[2] == pytest.approx(
-        float(table.art().grid(5)[2]), rel=1e-4
-    )
+        assert art(flow, x_T.clone(), points=n) == table.art()
+    single = art(flow, x_T.float(), points=n).grid(5)
+    torch.testing.assert_close(single, table.art().grid(5), rtol=1e-4, atol=0)
 
 
 # Errors.
@@ -506,8 +504,22 @@ def test_bad_arguments_are_named(call: Callable[[], object], named: str) -> None
         assert named.split(":")[0] in str(caught.value)
 
 
+def test_wrong_arguments_cost_no_evaluation() -> None:
+    counter = CountNFE(mixture_16d(VE()).denoiser)
+    flow = ProbabilityFlow(VE(), counter)
+    with pytest.raises(ValueError, match="schedule"):
+        cost(flow, edm(VP()), X_T)
+    for call in (
+        lambda: art(flow, X_T, average="mean"),  # type: ignore[arg-type]
+        lambda: lower_bound(flow, X_T, clock="closed"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            call()
+    assert counter.nfe == 0
+
+
 def test_bad_types_are_named() -> None:
-    with pytest.raises(TypeError, match="x_T: .*int64"):
+    with pytest.raises(TypeError, match=r"x_T: .*int64"):
         art(FLOW, torch.ones(3, 16, dtype=torch.int64))
     with pytest.raises(TypeError, match="points"):
         art(FLOW, X_T, points=64.0)  # type: ignore[arg-type]

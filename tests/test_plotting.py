@@ -171,10 +171,22 @@ def test_style_is_left_when_a_figure_fails():
 @every_figure
 def test_figures_look_the_same_whatever_the_users_settings_are(draw):
     expected = png(draw())
-    with plt.style.context(
-        ["dark_background", {"font.size": 20, "xtick.labelsize": 4}]
-    ):
+    theirs = {"font.size": 20, "xtick.labelsize": 4, "xtick.direction": "in"}
+    with plt.style.context(["dark_background", theirs]):
         assert png(draw()) == expected
+
+
+@every_figure
+def test_figures_keep_their_style_when_a_notebook_draws_them(draw):
+    # What IPython's inline backend calls: the canvas, without Figure.savefig.
+    expected, figure, drawn = png(draw()), draw(), io.BytesIO()
+    # Fonts are looked up when a figure is drawn, not when it is made.
+    theirs = {"mathtext.fontset": "cm", "font.sans-serif": ["Liberation Sans", "cmr10"]}
+    with plt.style.context(["dark_background", theirs]):
+        figure.canvas.print_figure(
+            drawn, dpi=figure.dpi, facecolor=plotting.PANEL, metadata={"Software": None}
+        )
+    assert drawn.getvalue() == expected
 
 
 @every_figure

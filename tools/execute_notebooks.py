@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 RUNTIMES = NOTEBOOKS / "results" / "runtimes.json"
 KEPT = ("tags", "mystnb")  # cell metadata that the authors write
+# No advice on encryption, no history: two kernels would share its file.
+QUIET = ["--log-level=ERROR", "--HistoryManager.enabled=False"]
 CELL_TIMEOUT = 300  # seconds; the same limit as nbval's in the Makefile
 
 
@@ -59,6 +61,7 @@ def execute(path: Path) -> float:
         kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,
+        extra_arguments=QUIET,
         resources={"metadata": {"path": str(path.parent)}},
     )
     start = time.perf_counter()
