@@ -28,6 +28,7 @@ from .denoisers import (
     from_velocity,
     from_x0,
 )
+from .exact import gaussian_output_std, gaussian_w2, oracle_grid
 from .flow import ProbabilityFlow
 from .metrics import (
     frechet_distance,
@@ -94,10 +95,13 @@ __all__ = [
     "from_time_change",
     "from_velocity",
     "from_x0",
+    "gaussian_output_std",
+    "gaussian_w2",
     "kl_optimal",
     "log_snr",
     "lower_bound",
     "nfe",
+    "oracle_grid",
     "sample",
     "sliced_wasserstein2",
     "stiffness_table",

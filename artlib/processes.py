@@ -245,6 +245,13 @@ class VP(Process):
         rest = self.alpha_dot(t) ** 2 + self.alpha(t) * self.alpha_ddot(t)
         return -(rest + self.sigma_dot(t) ** 2) / self.sigma(t)
 
+    def drift(self, t: TimeLike) -> Tensor:
+        return 0.5 * self._beta(t)
+
+    def diffusion_squared(self, t: TimeLike) -> Tensor:
+        # beta itself: the general formula is 0 * infinity at t = 0.
+        return self._beta(t)
+
     def noise_level(self, t: TimeLike) -> Tensor:
         return torch.sqrt(torch.expm1(self._integral(t)))
 
