@@ -82,8 +82,7 @@ class PathDerivative:
                     torch.func.jvp(denoise, (x, t), (velocity, torch.ones_like(t))),
                 )
         except Exception as error:  # whatever a network may raise on dual numbers
-            # The same call without tangents tells a broken network from a broken JVP.
-            denoise(x, t)
+            # Not a broken network: the velocity came from the same call.
             self._give_up(f"it raised: {error}", error)
             return None
         if not self._checked:

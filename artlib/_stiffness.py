@@ -246,9 +246,7 @@ class StiffnessTable:
                 "stiffness: |Q| is 0 everywhere: the paths are straight, one step is "
                 "exact, and there is nothing to learn"
             )
-        # A trajectory without any acceleration is served equally by every clock.
-        floor = torch.where(mean > 0, FLOOR * mean, 1.0)
-        total = self.cumulative(torch.maximum(density, floor))
+        total = self.cumulative(torch.maximum(density, FLOOR * mean))
         return total / total[:, -1:]
 
 

@@ -61,11 +61,11 @@ def gaussian_acceleration(process: Process, x: Tensor, t: float | Tensor) -> Ten
 
 
 @pytest.fixture(autouse=True)
-def _torch_loads_forward_mode_quietly() -> None:
-    # torch warns about itself the first time; artlib silences that around its own use.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.func.jvp(torch.exp, (scalar(0.0),), (scalar(1.0),))
+def _first_use_of_forward_mode() -> None:
+    # torch warns about itself the first time. artlib silences that around its own use,
+    # which here comes before the tests' own: warnings are errors in this suite.
+    flow = ProbabilityFlow(VE(), lambda x, t: torch.tanh(x))
+    flow.stiffness(torch.ones(1, 1, dtype=F64), 1.0)
 
 
 # Velocity.
@@ -218,6 +218,10 @@ def test_derivative_matrix_is_exact_for_quartics() -> None:
             weights @ nodes**power, expected, rtol=1e-9, atol=1e-9
         )
     assert float((weights @ nodes**5 - 5 * nodes**4).abs().max()) > 0.1
+    # Each row uses the two nodes on either side, as far as there are any.
+    first = [int(row.nonzero().min()) for row in weights]
+    assert first == [0, 0, 0, 1, 2, 2, 2]
+    assert [int((row != 0).sum()) for row in weights] == [5] * 7
     with pytest.raises(ValueError, match="points"):
         derivative_matrix(nodes[:4])
 
@@ -280,7 +284,13 @@ def half_forgets(x: Tensor) -> Tensor:
     return torch.cat([part, torch.tanh(x[:, 4:])], 1)
 
 
-BAD = {f.__name__: f for f in (rejects, forgets, leaves_torch, half_forgets)}
+def picky(x: Tensor) -> Tensor:
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise TypeError("this kernel takes plain tensors")
+    return torch.tanh(x)
+
+
+BAD = {f.__name__: f for f in (rejects, forgets, leaves_torch, half_forgets, picky)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -389,6 +399,35 @@ def test_rounding_at_large_noise_is_no_reason_to_fall_back() -> None:
             rtol=1e-2,
             atol=0,
         )
+
+
+def test_difference_in_ddim_coordinates_knows_the_networks_rounding() -> None:
+    # The network hides behind a closure in to_ve; stepping as for float64 would divide
+    # the rounding of float32 by 6e-6.
+    flow = ProbabilityFlow(VP(), Network(), acceleration="difference").to_ve()
+    exact = ProbabilityFlow(VP(), Network(dtype=F64), acceleration="jvp").to_ve()
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=F64)
+    q = exact.acceleration(x, 1.3)
+    torch.testing.assert_close(
+        flow.acceleration(x, 1.3), q, rtol=1e-3, atol=1e-3 * float(q.abs().max())
+    )
+
+
+@pytest.mark.parametrize("method", ["auto", "difference"])
+def test_no_evaluation_beyond_the_end(method: Any) -> None:
+    # A network has never seen t > t_max, and RectifiedFlow has no such time.
+    process = RectifiedFlow()
+    seen: list[float] = []
+
+    def watched(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(float(t.max()))
+        return torch.tanh(x + t)
+
+    flow = ProbabilityFlow(process, watched, acceleration=method)
+    x = torch.ones(2, 3, dtype=F64)
+    for t in (1.0, torch.tensor([[1.0], [0.5]], dtype=F64)):
+        flow.stiffness(x, t)
+    assert max(seen) == 1.0
 
 
 def test_a_broken_network_raises_its_own_error() -> None:
