@@ -2,7 +2,9 @@
 
 A run that continues from one gives the same bits as a run that was never stopped: the
 weights, their running mean, Adam's moments and the state of the random generator are
-all in it, and a fingerprint of the problem refuses any other.
+all in it. Options and process have to be the same to the letter; the flow and its
+states are known by the lengths of their paths, to a tolerance, so that another CPU or
+thread count can take a run over.
 """
 
 from __future__ import annotations
@@ -11,8 +13,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ._files import write_bytes
 from ._stiffness import StiffnessTable
 
 _FORMAT = "artlib-actor-critic"
@@ -31,17 +32,28 @@ class CheckpointError(ValueError):
 
 
 def fingerprint(table: StiffnessTable, options: dict[str, Any]) -> str:
-    """A digest of the problem and the options, equal where a run may continue.
+    """A digest of the process, the options and the size of the problem."""
+    description = {
+        "process": table.process.to_dict(),
+        "options": options,
+        "shape": tuple(table.values.shape),
+    }
+    text = json.dumps(description, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
-    Values of |Q| are rounded to six digits first, so that another thread count or
-    another CPU can take a run over.
-    """
+
+def path_lengths(table: StiffnessTable) -> Tensor:
+    """The integral of sqrt|Q| along each path [N]: what a problem is known by."""
+    return table.cumulative(table.fine_values.sqrt())[:, -1].clone()
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Of the values, as safetensors itself has no check sum."""
     digest = hashlib.sha256()
-    description = {"process": table.process.to_dict(), "options": options}
-    digest.update(json.dumps(description, sort_keys=True).encode())
-    digest.update(str(tuple(table.values.shape)).encode())
-    size = float(table.values.norm())
-    digest.update(f"{size:.6e}".encode())
+    for name in sorted(tensors):
+        values = tensors[name].detach().cpu().contiguous()
+        digest.update(name.encode())
+        digest.update(values.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -58,22 +70,14 @@ def save_state(
     Raises:
         OSError: If writing fails; an older file is then untouched.
     """
-    path = Path(path)
-    header = {"format": _FORMAT, "version": str(_VERSION), "state": json.dumps(scalars)}
-    data = save(
-        {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()},
-        metadata=header,
-    )
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    data = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    header = {
+        "format": _FORMAT,
+        "version": str(_VERSION),
+        "state": json.dumps(scalars),
+        "sha256": _digest(data),
+    }
+    write_bytes(path, save(data, metadata=header))
 
 
 def load_state(
@@ -83,8 +87,9 @@ def load_state(
 
     Args:
         path: The file.
-        tensors: The trainer's tensors: names and shapes have to match.
-        scalars: The trainer's scalars: names and the fingerprint have to match.
+        tensors: The trainer's tensors: names and shapes have to match, and "lengths"
+            to a tolerance.
+        scalars: The trainer's scalars: names and "problem" have to match.
 
     Returns:
         Tensors and scalars of the file.
@@ -98,7 +103,9 @@ def load_state(
         with safe_open(name, framework="pt") as file:
             header = file.metadata() or {}
             found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{name}: truncated or no safetensors file ({error}); delete it to start "
             "again, or restore a copy"
@@ -113,12 +120,23 @@ def load_state(
     try:
         state: dict[str, Any] = json.loads(header["state"])
         same_problem = state["problem"] == scalars["problem"]
+        intact = 0 <= state["iteration"] <= state["iterations"]
+        intact = intact and math.isfinite(state["multiplier"])
+        intact = intact and header["sha256"] == _digest(found)
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{name}: its header is damaged; delete it") from error
-    if not same_problem:
+    if not intact:
+        raise CheckpointError(f"{name}: damaged, its check sum is wrong; delete it")
+    lengths = found.get("lengths", torch.zeros(0))
+    if not same_problem or not _close(lengths, tensors["lengths"]):
         raise CheckpointError(
             f"{name}: it belongs to another problem (other flow, x_T or options); give "
             "this run a file of its own"
+        )
+    if "rng" in found and found["rng"].shape != tensors["rng"].shape:
+        raise CheckpointError(
+            f"{name}: it was written on another kind of device, whose random numbers "
+            "are others; continue there, or start a new run"
         )
     wrong = [
         key
@@ -128,6 +146,10 @@ def load_state(
     if wrong or set(state) != set(scalars):
         raise CheckpointError(f"{name}: incomplete, {wrong[:3]} missing; delete it")
     broken = [key for key, t in found.items() if not bool(torch.isfinite(t).all())]
-    if broken or math.isnan(float(state["iteration"])):
+    if broken:
         raise CheckpointError(f"{name}: {broken[:3]} hold NaN; delete it")
     return found, state
+
+
+def _close(found: Tensor, own: Tensor) -> bool:
+    return found.shape == own.shape and torch.allclose(found, own, rtol=1e-3)

@@ -27,6 +27,7 @@ from torch import Tensor
 from ._log_level import log_level, log_level_dot
 from ._reference_path import Trajectory
 from ._stiffness import StiffnessTable
+from .denoisers import CountNFE
 from .flow import ProbabilityFlow
 
 _LOOKUP = 513  # look-up points per path: |Q| is smooth at that spacing
@@ -74,6 +75,10 @@ class TableEnvironment:
         width: Number of features.
         length: L, the integral of sqrt(E|Q|).
         span: T = t_max - t_min.
+        nfe: Network evaluations spent in episodes; 0 here.
+
+    Raises:
+        ValueError: If the paths are straight: every clock is then as good.
     """
 
     def __init__(
@@ -88,6 +93,12 @@ class TableEnvironment:
         self.table, self.process, self.device = table, table.process, device
         self.span = table.span
         self.length = math.sqrt(table.lower_bound() * self.span)
+        if not self.length > 0:
+            raise ValueError(
+                "stiffness: |Q| is 0 everywhere: the paths are straight, one step is "
+                "exact, and there is nothing to learn"
+            )
+        self.nfe = 0
         self.size = table.values.shape[0]
         stride = (table.fine_times.numel() - 1) // (_LOOKUP - 1)
         times = table.fine_times[::stride]
@@ -98,29 +109,37 @@ class TableEnvironment:
         values = table.fine_values[:, ::stride]
         integral = table.cumulative(table.fine_values)[:, ::stride]
         length = table.cumulative(table.fine_values.sqrt())[:, ::stride]
-        floored = torch.maximum(values, floor * table.fine_mean[::stride])
+        least_of_all = floor * table.fine_mean[::stride]
+        floored = torch.maximum(values, least_of_all)
         # A vanishing |Q| on all paths still needs a logarithm.
         least = 1e-12 * float(values.max())
         columns = [
             integral * self.span / self.length**2,
             floored.clamp_min(least).log(),
             values.clamp_min(least).log(),
-            length / length[:, -1:].clamp_min(1e-300),
+            # A path without acceleration is walked when the others would be: rho.
+            torch.where(
+                length[:, -1:] > 0,
+                length / length[:, -1:].clamp_min(1e-300),
+                (self._top - level) / self.levels,
+            ),
         ]
         self._project(path, seed)
         place = (self._top - level) / self.levels * (path.times.numel() - 1)
         features = _interpolate(self._states, place).permute(1, 0, 2)
-        own = (columns[1] - columns[1].mean(0)).clamp(-4, 4)[..., None] / 4
+        usual = columns[1].mean(0)
+        own = _relative_log(columns[1], usual)[..., None]
         rows = torch.cat([torch.stack(columns, dim=2), own, features.cpu()], dim=2)
         self.width = 1 + features.shape[2]
         self._rows = rows.reshape(-1, rows.shape[2]).to(device).contiguous()
-        self._log_floored_mean = floored.mean(0).clamp_min(least).log().to(device)
+        self._log_floor = least_of_all.clamp_min(least).log().to(device)
+        self._usual_log = usual.to(device)
 
     def _project(self, path: Trajectory, seed: int) -> None:
         """Whitened states [n, N, m]: per time, so that noise does not drown data."""
         flat = path.states.flatten(2)
         self._mean = flat.mean(1, keepdim=True)
-        self._std = flat.std(1, keepdim=True) + 1e-12
+        self._std = flat.std(1, correction=0, keepdim=True) + 1e-12
         self._projection: Tensor | None = None
         if flat.shape[2] > _MAX_FEATURES:
             rng = torch.Generator().manual_seed(seed)
@@ -202,7 +221,7 @@ class ModelEnvironment(TableEnvironment):
     is reported beside the cost that is learned from.
 
     Args:
-        flow: The flow; its denoiser is called twice or three times a step.
+        flow: The flow; its denoiser is called two or three times a step.
         x_T: States at t_max [N, *shape].
         table: As in `TableEnvironment`.
         path: As in `TableEnvironment`.
@@ -222,38 +241,66 @@ class ModelEnvironment(TableEnvironment):
         seed: int,
         device: torch.device,
     ) -> None:
+        self._counter = CountNFE(flow.denoiser)
         super().__init__(table, path, floor=floor, seed=seed, device=device)
-        self._flow = flow
+        self._flow = flow.with_denoiser(self._counter)
         self._x_T = x_T
         self._x = x_T
 
+    @property
+    def nfe(self) -> int:
+        """Network evaluations spent in episodes."""
+        return self._counter.nfe
+
+    @nfe.setter
+    def nfe(self, value: int) -> None:
+        self._counter.nfe = value
+
     def start(self, rows: Tensor) -> Place:
-        self._x = self._x_T[rows]
+        self._x = self._x_T[rows.to(self._x_T.device)]
         return self._evaluate(super().start(rows), rows)
 
     def advance(self, here: Place, rows: Tensor, t: Tensor) -> Place:
-        shape = (-1, *[1] * (self._x.ndim - 1))
-        step = (t - here.t).reshape(shape).to(self._x.dtype)
-        self._x = self._x + step * self._flow.velocity(self._x, here.t.reshape(shape))
+        now = self._column(here.t)
+        step = self._column(t) - now
+        velocity = self._flow.velocity(self._x, now)
+        self._x = self._x + step.to(self._x.dtype) * velocity
         return self._evaluate(super().advance(here, rows, t), rows)
 
+    def _column(self, t: Tensor) -> Tensor:
+        """Times [n] as a column against the states, where those are."""
+        return t.to(self._x.device).reshape(-1, *[1] * (self._x.ndim - 1))
+
     def _evaluate(self, place: Place, rows: Tensor) -> Place:
-        shape = (-1, *[1] * (self._x.ndim - 1))
-        stiffness = self._flow.stiffness(self._x, place.t.reshape(shape)).double()
+        stiffness = self._flow.stiffness(self._x, self._column(place.t)).double()
+        if not bool((torch.isfinite(stiffness)).all()):
+            raise FloatingPointError(
+                "the network in the loop returned NaN or infinity (environment="
+                f"'model'), at t = {float(place.t.max()):.3g} or before; check the "
+                "denoiser away from its own paths, or lower temperature"
+            )
+        stiffness = stiffness.to(self.device)
         node = (1 - place.rho) * (self._states.shape[0] - 1)
         mean, std = (_interpolate(s, node)[:, 0] for s in (self._mean, self._std))
-        white = self._whiten(self._x.double().flatten(1), mean, std)
+        white = self._whiten(self._x.double().flatten(1), mean, std).to(self.device)
         index = ((1 - place.rho) * (_LOOKUP - 1)).round().long().clamp(0, _LOOKUP - 1)
-        floor = self._log_floored_mean[index]
+        log_q = stiffness.clamp_min(1e-300).log()
+        log_floored = torch.maximum(log_q, self._log_floor[index])
+        own = _relative_log(log_floored, self._usual_log[index])[:, None]
         return Place(
             t=place.t,
             rho=place.rho,
             integral=place.integral,
-            log_floored=torch.maximum(stiffness.clamp_min(1e-300).log(), floor),
+            log_floored=log_floored,
             stiffness=stiffness,
             walked=place.walked,
-            features=white.float(),
+            features=torch.cat([own, white], dim=1).float(),
         )
+
+
+def _relative_log(log_floored: Tensor, usual: Tensor) -> Tensor:
+    """Log |Q| of a path against that of the others, as a feature: within [-1, 1]."""
+    return (log_floored - usual).clamp(-4, 4) / 4
 
 
 def _interpolate(values: Tensor, place: Tensor) -> Tensor:

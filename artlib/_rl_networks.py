@@ -69,10 +69,11 @@ class Head(nn.Module):
         super().__init__()
         self.clock = clock
         width += 1 + 2 * FOURIER_MODES + 2 * clock
+        # Left uninitialised, and float32 whatever the default: the constructor would
+        # draw from the global generator.
         layers = [
-            nn.Linear(width, hidden),
-            nn.Linear(hidden, hidden),
-            nn.Linear(hidden, 1),
+            nn.utils.skip_init(nn.Linear, n_in, n_out, dtype=torch.float32)
+            for n_in, n_out in ((width, hidden), (hidden, hidden), (hidden, 1))
         ]
         with torch.no_grad():
             for layer in layers:
@@ -87,8 +88,8 @@ class Head(nn.Module):
 
     def forward(self, rho: Tensor, tau: Tensor, features: Tensor) -> Tensor:
         """Output [...] for positions [...], clock shares [...], features [..., m]."""
-        modes = math.pi * torch.arange(1, FOURIER_MODES + 1, device=rho.device)
-        angle = rho[..., None] * modes
+        modes = torch.arange(1, FOURIER_MODES + 1, device=rho.device)
+        angle = math.pi * rho[..., None] * modes
         inputs = [2 * rho[..., None] - 1, angle.sin(), angle.cos()]
         if self.clock:
             inputs += [torch.log1p(-tau)[..., None], 2 * tau[..., None] - 1]

@@ -13,7 +13,7 @@ class DivergenceWarning(UserWarning):
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the trainer is back at its last good state."""
+    """Training cannot go on; the trainer is as it was before the failed iteration."""
 
 
 @dataclass(frozen=True)

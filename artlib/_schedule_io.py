@@ -7,14 +7,13 @@ bit. It is data only: nothing in it is executed or unpickled.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
+from ._files import write_bytes
 from ._time_change import BetaQuantiles, Linear, NoiseWarp, TimeChange
 from ._time_table import Table, uniform_clock
 from .processes import Process
@@ -129,25 +128,10 @@ def read_text(path: str | os.PathLike[str]) -> str:
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a file atomically: after a failure the old one stands, or none.
 
-    The text goes to a temporary file in the same folder, is flushed to the disk, and
-    replaces the target in one operation. A symbolic link is followed.
-
     Raises:
         OSError: If the folder cannot be written to; nothing half-written remains.
     """
-    target = Path(os.path.realpath(path))
-    # A plain exclusive open, unlike mkstemp, leaves the usual permissions.
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    write_bytes(path, text.encode("utf-8"))
 
 
 def time_change_from_dict(process: Process, data: dict[str, Any]) -> TimeChange:

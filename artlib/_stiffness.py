@@ -102,13 +102,13 @@ class StiffnessTable:
         """|Q| per trajectory at the quadrature times, [N, FINE].
 
         Monotone cubics through log |Q| over `log_level`: exact for the power laws that
-        |Q| follows at both ends. So that the logarithm exists, values below 1e-12 of a
+        |Q| follows at both ends. So that the logarithm exists, values below 1e-24 of a
         trajectory's peak are raised to that; a straight trajectory stays at 0.
         """
         values = self.values.cpu().numpy()
         peak = values.max(axis=1, keepdims=True)
         scale = np.where(peak > 0, peak, 1.0)
-        log_q = np.log(np.maximum(values / scale, 1e-12))
+        log_q = np.log(np.maximum(values / scale, 1e-24))
         # scipy wants ascending abscissae; times descend.
         level = log_level(self.process, self.times).numpy()
         cubic = PchipInterpolator(level[::-1], log_q[:, ::-1], axis=1)

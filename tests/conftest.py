@@ -3,11 +3,15 @@
 The mathematics is in the test modules, the problems with exact answers in problems.py.
 """
 
+import os
+
 import jaxtyping
 import pytest
 
-# Before artlib is imported: annotations are then checked at every call, in tests only.
-jaxtyping.install_import_hook("artlib", "beartype.beartype")
+# `make test` checks every annotation at every call; it has to be asked for before
+# artlib is imported. A plain `pytest` sees the library as a user does.
+if os.environ.get("ARTLIB_TYPECHECK") == "1":
+    jaxtyping.install_import_hook("artlib", "_typecheck.checked")
 
 import torch  # noqa: E402
 

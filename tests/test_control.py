@@ -35,7 +35,7 @@ each_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.nam
 
 
 @cache
-def round_gaussian(c: float, process: VE) -> tuple[ProbabilityFlow, Tensor]:
+def round_gaussian(c: float, process: Process) -> tuple[ProbabilityFlow, Tensor]:
     """The flow of N(0, c^2 I) in four dimensions, and draws of x_T."""
     target = Gaussian(torch.zeros(4, dtype=F64), c**2 * torch.eye(4, dtype=F64))
     flow = ProbabilityFlow(process, target.denoiser(process))
@@ -68,25 +68,30 @@ def wiggly(process: Process) -> StiffnessTable:
 # Against the analytic answer.
 
 
-@pytest.mark.parametrize("c", [0.5, 3.0])
-def test_grid_of_a_gaussian_is_the_analytic_one(c: float) -> None:
-    # |Q| is proportional to c^2 (s^2 + c^2)^(-3/2), so density to (s^2 + c^2)^(-3/4).
-    process = VE()
+@pytest.mark.parametrize(
+    ("process", "c"),
+    [(VE(), 0.5), (VE(), 3.0), (VE(), 1e-3), (RectifiedFlow(), 0.5)],
+    ids=str,
+)
+def test_grid_of_a_gaussian_is_the_analytic_one(process: Process, c: float) -> None:
+    # The path is z sqrt(r) with r = alpha^2 c^2 + sigma^2, a quadratic in t both here
+    # and in RectifiedFlow, so |Q| = |z| c^2 r^(-3/2) and the density is r^(-3/4).
     schedule = art(*round_gaussian(c, process))
 
-    def density(log_s: float) -> float:
-        s = math.exp(log_s)
-        return s * (s**2 + c**2) ** -0.75
+    def density(log_t: float) -> float:
+        t = math.exp(log_t)
+        alpha = 1.0 if isinstance(process, VE) else 1 - t
+        return t * (alpha**2 * c**2 + t**2) ** -0.75
 
     low, high = math.log(process.t_min), math.log(process.t_max)
 
     @cache
-    def share(log_s: float) -> float:
-        return integrate.quad(density, log_s, high, epsabs=0, epsrel=1e-11)[0]
+    def share(log_t: float) -> float:
+        return integrate.quad(density, log_t, high, epsabs=0, epsrel=1e-11)[0]
 
     for K in (2, 3, 5, 10, 18, 37, 64):
         grid = schedule.grid(K)
-        assert (float(grid[0]), float(grid[-1])) == (80.0, 0.0)
+        assert (float(grid[0]), float(grid[-1])) == (process.t_max, 0.0)
         for k in range(1, K):
             wanted = k / K * share(low)
             node = math.exp(

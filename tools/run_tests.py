@@ -36,7 +36,11 @@ CHECKS = {
     ],
 }
 # The stored outputs come from one CPU thread; two workers on two cores want no more.
-ENVIRONMENT = {"ARTLIB_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    "ARTLIB_DEVICE": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "ARTLIB_TYPECHECK": "1",  # shapes and types of every call, see tests/conftest.py
+}
 
 
 def run(name: str) -> tuple[bool, float]:
