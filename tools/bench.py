@@ -4,10 +4,13 @@
 2. The closed form: what it costs, by number of trajectories and by dimension, in
    network evaluations on the same batch.
 3. The acceleration by forward mode (jvp) against the difference along the path.
+4. ART-RL against the closed form, in seconds, evaluations and cost: by number of
+   trajectories, steps and dimension, and on a GPU where there is one.
+5. The exact distance on Gaussian data, and the search for the oracle.
 
-Processor time, not time on the clock: others on the machine do not count. For that the
-bench runs on one thread. It exits with status 1 if sampling costs more than LIMIT
-times the bare loop.
+Processor time, not time on the clock (but where a GPU works beside the processor):
+others on the machine do not count. For that the bench runs on one thread. It exits
+with status 1 if sampling costs more than LIMIT times the bare loop.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import artlib
 
 LIMIT = 1.03
 STEPS = 20
+ITERATIONS = 300  # of ART-RL; half of a full run, and so half its seconds
 PROCESS = artlib.VE()
 
 
@@ -145,11 +149,73 @@ def bench_acceleration() -> None:
         print(f"  {side**2:9d} {jvp / difference:7.2f} {ratio:26.4f}")
 
 
+def actor_critic_problem(
+    dimension: int, trajectories: int, device: str = "cpu"
+) -> tuple[artlib.ProbabilityFlow, Tensor]:
+    """A mixture of three bumps in any number of dimensions."""
+    along = torch.linspace(1, 2, dimension, dtype=torch.float64)
+    means = torch.tensor([-1.0, 0.2, 1.5])[:, None] * along / along.norm()
+    target = artlib.GaussianMixture(
+        means.to(device),
+        torch.tensor([0.3, 0.15, 0.4], dtype=torch.float64, device=device),
+        torch.tensor([0.3, 0.2, 0.5], dtype=torch.float64, device=device),
+    )
+    flow = artlib.ProbabilityFlow(PROCESS, target.denoiser(PROCESS))
+    return flow, target.sample_prior(PROCESS, trajectories, seed=0).to(device)
+
+
+def bench_actor_critic() -> None:
+    """Print time, evaluations and cost of ART-RL beside the closed form's."""
+    print(
+        f"\nART-RL, {ITERATIONS} iterations, table of |Q| included; closed form beside"
+    )
+    print("  trajectories  K  dimension  device    NFE  seconds   closed  cost / bound")
+    cases = [(n, 18, 16) for n in (32, 64, 256)]
+    cases += [(128, k, 16) for k in (6, 18, 36)] + [(128, 18, d) for d in (1, 64)]
+    runs = [(*case, "cpu") for case in cases]
+    if torch.cuda.is_available():
+        runs += [(n, 18, 16, d) for n in (256, 4096) for d in ("cpu", "cuda")]
+    artlib.art(*actor_critic_problem(2, 2))  # the first call is slower
+    for trajectories, steps, dimension, device in runs:
+        flow, x_T = actor_critic_problem(dimension, trajectories, device)
+        clock = time.process_time if device == "cpu" else time.perf_counter
+        start = clock()
+        table = artlib.stiffness_table(flow, x_T)
+        table.art()
+        closed = clock() - start
+        start = clock()
+        # On a GPU what counts is a large batch: all the trajectories.
+        trainer = artlib.ActorCritic(flow, x_T, steps=steps, batch=trajectories)
+        for _ in trainer.train(ITERATIONS):
+            pass
+        schedule = trainer.distill()
+        seconds = clock() - start
+        ratio = table.cost(schedule) / table.lower_bound()
+        cells = f"{trajectories:14d} {steps:2d} {dimension:10d}  {device:6s}"
+        print(f"{cells} {trainer.nfe:6d} {seconds:8.1f} {closed:8.2f} {ratio:13.4f}")
+
+
+def bench_exact() -> None:
+    """Print what an exact distance and an oracle cost."""
+    many = torch.arange(1, 3073, dtype=torch.float64) ** -1.2
+    few = torch.logspace(1, -4, 64, dtype=torch.float64)
+    grid = artlib.edm(PROCESS).grid(10)
+    print("\nexact W2 of one grid, 3,072 variances; oracle, 64 variances; 10 steps")
+    for solver in ("euler", "heun"):
+        distance = partial(artlib.gaussian_w2, PROCESS, many, grid, solver=solver)
+        search = partial(artlib.oracle_grid, PROCESS, few, 10, solver=solver)
+        (once,) = fastest(distance, repeats=10)
+        (whole,) = fastest(search, repeats=1)
+        print(f"  {solver:6s} {1e3 * once:6.2f} ms {whole:9.2f} s   (limits 10, 10)")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     worst = bench_sample()
     bench_closed_form()
     bench_acceleration()
+    bench_actor_critic()
+    bench_exact()
     if worst > LIMIT:
         sys.exit(
             f"sample took {worst:.3f} times the bare loop, at most {LIMIT} allowed"
