@@ -13,7 +13,7 @@ import pytest
 if os.environ.get("ARTLIB_TYPECHECK") == "1":
     jaxtyping.install_import_hook("artlib", "_typecheck.checked")
 
-import torch  # noqa: E402
+import torch
 
 
 @pytest.fixture
