@@ -155,7 +155,9 @@ def oracle_grid(
 
     The K - 1 inner nodes are moved by BFGS on log W2, in the logits of the
     steps in log time, from the hand-made schedules and from random grids; the best end
-    point is polished and returned.
+    point is polished and returned. On laws of very few distinct variances W2 can reach
+    0, where its logarithm has a cusp and the search may stop short; on spectra it
+    finds the same grid from every seed.
 
     Args:
         process: The noising process.

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -273,7 +274,7 @@ def test_oracle_in_other_processes(process: Process) -> None:
         assert least < w2(process, schedule.grid(3))
 
 
-BAD = {
+BAD: dict[str, list[tuple[Any, Any, Any]]] = {
     "variances": [
         ([[1.0]], [10.0, 0.0], {}),
         ([], [10.0, 0.0], {}),
@@ -295,7 +296,7 @@ BAD = {
 @pytest.mark.parametrize(
     ("name", "case"), [(name, case) for name, cases in BAD.items() for case in cases]
 )
-def test_bad_arguments_are_refused(name: str, case: tuple) -> None:
+def test_bad_arguments_are_refused(name: str, case: tuple[Any, Any, Any]) -> None:
     variances, grid, options = case
     for function in (artlib.gaussian_w2, artlib.gaussian_output_std):
         with pytest.raises(ValueError, match=name):
@@ -306,6 +307,6 @@ def test_bad_arguments_are_refused(name: str, case: tuple) -> None:
 
 
 @pytest.mark.parametrize("K", [0, 2.5])
-def test_a_number_of_steps_is_refused(K: float) -> None:
+def test_a_number_of_steps_is_refused(K: Any) -> None:
     with pytest.raises((ValueError, TypeError), match="K"):
         artlib.oracle_grid(NARROW, [1.0], K)
