@@ -144,7 +144,8 @@ class PathDerivative:
         return backward / (2 * h).to(x.dtype)
 
     def _give_up(self, why: str, cause: Exception | None) -> None:
-        reason = f"forward mode does not work on this network: {why.splitlines()[0]}"
+        first_line = why.splitlines()[0].rstrip(".")
+        reason = f"forward mode does not work on this network: {first_line}"
         if self.method == "jvp":
             raise RuntimeError(
                 f'{reason}. Pass acceleration="difference" or "auto"'
