@@ -1,5 +1,5 @@
-"""Data and, later, small networks to try things on; nothing is downloaded."""
+"""Data and, later, small networks to try things on; nothing is downloaded unasked."""
 
-from .data import digits
+from .data import DATASETS, digits, emoji, fashion_mnist, mnist
 
-__all__ = ["digits"]
+__all__ = ["DATASETS", "digits", "emoji", "fashion_mnist", "mnist"]
