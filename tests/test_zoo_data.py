@@ -1,12 +1,33 @@
-"""The data sets against the package they come from."""
+"""The data sets: decoded exactly, found where they are, and never taken unchecked."""
 
+import gzip
+import hashlib
+import io
+import json
+import math
+import shutil
+import struct
+import subprocess
 import sys
+import tarfile
+import urllib.error
+import urllib.request
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from artlib.zoo import digits
+from artlib.zoo import DATASETS, _decode, _fetch, digits, emoji, fashion_mnist, mnist
+
+
+def to_idx(values):
+    header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+    return header + values.tobytes()
+
+
+def no_network(*_, **__):
+    raise urllib.error.URLError("no network in this test")
 
 
 def test_digits_are_scikit_learns_exactly():
@@ -35,3 +56,287 @@ def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"pip install .*art-diffusion\[book\]"):
         digits()
+
+
+# Images: decoding.
+
+
+def test_an_idx_file_round_trips_compressed_or_not():
+    values = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
+    assert np.array_equal(_decode.idx(to_idx(values)), values)
+    assert np.array_equal(_decode.idx(gzip.compress(to_idx(values))), values)
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"", "no IDX file"),
+        (b"<html>not found</html>", "no IDX file"),
+        (b"\x1f\x8b\x08damaged", "damaged gzip"),
+        (b"\x00\x00\x08\x01\x00\x00\x00\x05abc", "3 bytes for the shape"),
+    ],
+)
+def test_what_is_no_idx_file_is_refused(data, what):
+    with pytest.raises(_decode.FormatError, match=what):
+        _decode.idx(data)
+
+
+def test_mnist_is_the_same_from_json_and_from_idx():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    labels = rng.permutation(np.arange(40, dtype=np.uint8) % 10)
+    # The package sorts by digit and writes three digits after the point.
+    files = [
+        json.dumps({"data": (pixels[labels == d] / 255).round(3).ravel().tolist()})
+        for d in range(10)
+    ]
+    from_json = _decode.mnist_json([text.encode() for text in files])
+    from_idx = _decode.mnist_idx([to_idx(pixels), to_idx(labels)])
+    assert torch.equal(from_json[0], from_idx[0])
+    assert torch.equal(from_json[1], from_idx[1])
+    # Each image has kept its own label.
+    label_of = {
+        image.tobytes(): label for image, label in zip(pixels, labels, strict=True)
+    }
+    for image, label in zip(*from_idx, strict=True):
+        assert label_of[image.numpy().tobytes()] == label
+
+
+def test_pictures_are_averaged_over_the_area_of_the_new_pixels():
+    rng = np.random.default_rng(1)
+    pixels = rng.integers(0, 256, (24, 20, 4)).astype(np.float64)
+    square = np.full((24, 24, 3), 255.0)
+    opacity = pixels[..., 3:] / 255
+    square[:, 2:22] = pixels[..., :3] * opacity + 255 * (1 - opacity)
+    # Each old pixel as 32 x 32 small ones, of which a new one covers 24 x 24.
+    fine = square.repeat(32, 0).repeat(32, 1)
+    expected = fine.reshape(32, 24, 32, 24, 3).mean((1, 3))
+    found = _decode._shrink_on_white(pixels)
+    assert np.abs(found - expected).max() <= 0.5 + 1e-9
+
+
+def test_a_transparent_picture_is_white_and_an_opaque_one_keeps_its_colour():
+    assert (_decode._shrink_on_white(np.zeros((8, 8, 4))) == 255).all()
+    red = np.broadcast_to(np.array([200.0, 10, 3, 255]), (8, 8, 4))
+    assert (_decode._shrink_on_white(red) == [200, 10, 3]).all()
+
+
+def test_the_font_is_found_inside_a_debian_package():
+    with io.BytesIO() as raw:
+        with tarfile.open(fileobj=raw, mode="w:xz") as archive:
+            entry = tarfile.TarInfo("./usr/share/fonts/NotoColorEmoji.ttf")
+            entry.size = 4
+            archive.addfile(entry, io.BytesIO(b"font"))
+        content = raw.getvalue()
+    package = b"!<arch>\n"
+    for name, data in ((b"debian-binary", b"2.0"), (b"data.tar.xz", content)):
+        package += name.ljust(48) + str(len(data)).encode().ljust(10) + b"`\n" + data
+        package += b"\n" * (len(data) % 2)
+    assert _decode._font_in_package(package) == b"font"
+    with pytest.raises(_decode.FormatError, match="without NotoColorEmoji"):
+        _decode._font_in_package(package[: 8 + 60 + 4])
+
+
+def test_a_file_that_is_no_font_is_refused():
+    with pytest.raises(_decode.FormatError, match="no font"):
+        _decode.emoji([b"<html>not found</html>"])
+
+
+# Images: finding them.
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A data set of 4 + 2 images, its files, and an empty cache."""
+    rng = np.random.default_rng(2)
+    parts = [
+        rng.integers(0, 256, (4, 3, 3), dtype=np.uint8),
+        np.arange(4, dtype=np.uint8),
+        rng.integers(0, 256, (2, 3, 3), dtype=np.uint8),
+        np.arange(2, dtype=np.uint8),
+    ]
+    files = [to_idx(part) for part in parts]
+    place = tmp_path / "installed"
+    monkeypatch.setenv("ARTLIB_DATA", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    data = _fetch.DataSet(
+        name="small",
+        sha256=_decode.content_hash(*_decode.fashion(files)),
+        installed=[
+            _fetch.Source(tuple(f"{place}/{k}" for k in range(4)), _decode.fashion)
+        ],
+        online=_fetch.Source(
+            tuple(f"https://example.org/{k}" for k in range(4)), _decode.fashion
+        ),
+        install="install it",
+    )
+    return data, files, place, tmp_path / "cache" / "small.safetensors"
+
+
+def install(place, files):
+    place.mkdir()
+    for k, content in enumerate(files):
+        (place / str(k)).write_bytes(content)
+
+
+def test_an_installed_set_is_found_and_cached(small):
+    data, files, place, cache = small
+    install(place, files)
+    first = _fetch.find(data, download=False)
+    shutil.rmtree(place)
+    second = _fetch.find(data, download=False)  # only the cache is left
+    assert cache.is_file()
+    for one, other, expected in zip(first, second, _decode.fashion(files), strict=True):
+        assert torch.equal(one, expected)
+        assert torch.equal(other, expected)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other", "foreign"])
+def test_a_damaged_cache_is_made_again(small, damage):
+    data, files, place, cache = small
+    install(place, files)
+    good = _fetch.find(data, download=False)
+    whole = cache.read_bytes()
+    wrong = {
+        "truncated": whole[:-7],
+        "other": whole[:-1] + bytes([whole[-1] ^ 1]),
+        "foreign": b"hello",
+    }
+    cache.write_bytes(wrong[damage])
+    assert torch.equal(_fetch.find(data, download=False)[0], good[0])
+    assert cache.read_bytes() == whole
+
+
+def test_without_a_copy_one_sentence_says_what_to_do_and_nothing_is_fetched(small):
+    with pytest.raises(FileNotFoundError, match=r"install it.*download=True.*sample"):
+        _fetch.find(small[0], download=False)
+
+
+def test_another_version_is_not_taken_for_the_set(small):
+    data, files, place, cache = small
+    install(place, [*files[:2], *files[:2]])
+    with pytest.raises(FileNotFoundError, match="another set or version"):
+        _fetch.find(data, download=False)
+    assert not cache.exists()
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(small, monkeypatch):
+    data, files, place, cache = small
+    install(place, files)
+    cache.parent.parent.joinpath("cache").write_text("a file, not a folder")
+    assert len(_fetch.find(data, download=False)[0]) == 6
+
+
+def serve(monkeypatch, files):
+    asked = []
+
+    def urlopen(address, timeout):
+        asked.append(address)
+        return io.BytesIO(files[int(address[-1])])
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    return asked
+
+
+def test_a_download_on_request_is_checked_and_cached(small, monkeypatch):
+    data, files, _, _ = small
+    asked = serve(monkeypatch, [gzip.compress(content) for content in files])
+    expected = _decode.fashion(files)[0]
+    assert torch.equal(_fetch.find(data, download=True)[0], expected)
+    assert asked == list(data.online.where)
+    assert torch.equal(_fetch.find(data, download=True)[0], expected)
+    assert len(asked) == 4  # the second time nothing was fetched
+
+
+@pytest.mark.parametrize("wrong", ["altered", "page", "long"])
+def test_a_wrong_download_is_refused_and_nothing_is_kept(small, monkeypatch, wrong):
+    data, files, _, cache = small
+    altered = files[0][:-1] + bytes([files[0][-1] ^ 1])
+    first = {"altered": altered, "page": b"<html>", "long": files[0]}[wrong]
+    if wrong == "long":
+        monkeypatch.setattr(_fetch, "_LARGEST_DOWNLOAD", 10)
+    serve(monkeypatch, [first, *files[1:]])
+    with pytest.raises(ValueError, match=r"small: https://example.org/0 .*was kept"):
+        _fetch.find(data, download=True)
+    assert not cache.exists()
+
+
+def test_a_failed_download_names_the_address(small):
+    with pytest.raises(ConnectionError, match=r"https://example.org/0 could not"):
+        _fetch.find(small[0], download=True)
+
+
+# Images: the loaders.
+
+LOADERS = [
+    (fashion_mnist, (1, 28, 28), 60_000, 10_000),
+    (mnist, (1, 28, 28), 9_000, 1_000),
+    (emoji, (3, 32, 32), 3_481, 435),
+]
+
+
+@pytest.mark.parametrize(("loader", "shape", "train", "test"), LOADERS)
+def test_the_sample_needs_nothing(loader, shape, train, test, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ARTLIB_DATA", str(tmp_path))
+    images = loader("sample")
+    assert images.shape == (400, *shape)
+    assert images.dtype == torch.float32
+    assert images.min() == -1.0
+    assert images.max() == 1.0
+    levels = (images.double() + 1) * 127.5
+    assert (levels - levels.round()).abs().max() < 1e-4
+    assert len(images.flatten(1).unique(dim=0)) == 400
+
+
+@pytest.mark.parametrize("loader", [fashion_mnist, mnist])
+def test_labels_of_the_sample_are_those_of_its_images(loader):
+    images, labels = loader("sample", return_labels=True)
+    assert labels.dtype == torch.int64
+    assert labels.unique().tolist() == list(range(10))
+    # The nearest of the class means: 10 % right if the labels were shuffled.
+    even, odd = images[::2].flatten(1), images[1::2].flatten(1)
+    means = torch.stack([even[labels[::2] == k].mean(0) for k in range(10)])
+    right = torch.cdist(odd, means).argmin(1) == labels[1::2]
+    assert right.double().mean() > 0.55
+
+
+@pytest.mark.parametrize(("loader", "shape", "train", "test"), LOADERS)
+def test_the_splits_of_the_full_set(loader, shape, train, test):
+    try:
+        one, other = loader("train"), loader("test")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    assert one.shape == (train, *shape)
+    assert other.shape == (test, *shape)
+    assert torch.equal(other[torch.arange(400) * test // 400], loader("sample"))
+    seen = {hashlib.sha256(x.numpy()).digest() for x in one.contiguous()}
+    shared = sum(hashlib.sha256(x.numpy()).digest() in seen for x in other)
+    assert shared == 0
+
+
+def test_mnist_has_the_class_counts_of_the_first_ten_thousand():
+    try:
+        parts = [mnist(split, return_labels=True)[1] for split in ("train", "test")]
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    counts = [1001, 1127, 991, 1032, 980, 863, 1014, 1070, 944, 978]
+    assert torch.cat(parts).bincount().tolist() == counts
+    # As good as shuffled: each class has its share of the test split.
+    shares = parts[1].bincount() / torch.cat(parts).bincount()
+    assert (shares - 0.1).abs().max() < 4 * math.sqrt(0.1 * 0.9 / 863)
+
+
+@pytest.mark.parametrize("loader", DATASETS.values())
+def test_an_unknown_split_is_refused(loader):
+    with pytest.raises(ValueError, match="split: expected one of 'train', 'test'"):
+        loader("validation")
+
+
+def test_importing_the_zoo_loads_no_decoder():
+    code = (
+        "import sys, artlib.zoo; "
+        "assert not {'fontTools', 'PIL', 'sklearn'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -37,8 +37,8 @@ class FormatError(ValueError):
 def content_hash(images: Tensor, labels: Tensor) -> str:
     """SHA-256 over shape, pixels and labels: what makes two sets the same set."""
     digest = hashlib.sha256(repr((tuple(images.shape), len(labels))).encode())
-    digest.update(images.contiguous().numpy())
-    digest.update(labels.contiguous().numpy())
+    digest.update(images.contiguous().numpy().data)
+    digest.update(labels.contiguous().numpy().data)
     return digest.hexdigest()
 
 
