@@ -1,0 +1,212 @@
+"""The trained networks: weight files, and from a name to a denoiser.
+
+Weights are half-precision safetensors with everything that is needed to use them in
+the header (size of the network, standard deviation of its data, how it was trained).
+They are packaged with the library, under ``artlib/zoo/weights``; how each one was
+trained, its loss curve, time and device stand beside it as JSON.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._state_file import StateFileError, read_state, write_state
+from ..denoisers import Denoiser, from_edm
+from ..processes import VE, Process
+from .autoencoder import Autoencoder, AutoencoderConfig
+from .recipes import RECIPES, AutoencoderRecipe
+from .unet import UNet, UNetConfig
+
+_KIND = "artlib-zoo-network"
+_AUTOENCODER_KIND = "artlib-zoo-autoencoder"
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""Where the packaged weights are."""
+
+
+class ZooDenoiser(Denoiser):
+    r"""A score network of the zoo as a denoiser ``D(x, t)`` of a process.
+
+    Args:
+        network: The raw network F.
+        process: The process to sample under.
+        header: Of its weight file.
+
+    Attributes:
+        name: Under which `load` finds it.
+        sample_shape: Shape of a sample (channels, height, width).
+        sigma_data: Standard deviation of its data.
+        header: All that is known of it: recipe, training, data.
+    """
+
+    def __init__(self, network: UNet, process: Process, header: dict[str, Any]) -> None:
+        sigma_data = float(header["sigma_data"])
+        plain = from_edm(process, network, sigma_data=sigma_data)
+        super().__init__(network, process, plain._convert)
+        self.name: str = header["name"]
+        self.sample_shape: tuple[int, int, int] = network.config.shape
+        self.sigma_data = sigma_data
+        self.header = header
+
+    def sample_prior(
+        self,
+        n: int,
+        *,
+        seed: int | torch.Generator = 0,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        r"""Noise at ``t_max``: :math:`N(0, \alpha^2\sigma_d^2 + \sigma^2)` per pixel.
+
+        The exact prior is that of the data, whose mean and correlations matter little
+        at :math:`\sigma_{max} \gg \sigma_d`.
+
+        Args:
+            n: Number of samples.
+            seed: A seed or a CPU generator; equal on all devices.
+            dtype: By default float32.
+
+        Returns:
+            [n, *sample_shape], on the device of the network.
+        """
+        rng = (
+            seed
+            if isinstance(seed, torch.Generator)
+            else torch.Generator().manual_seed(seed)
+        )
+        z = torch.randn(n, *self.sample_shape, generator=rng, dtype=torch.float64)
+        alpha, sigma = (
+            float(f(self.process.t_max))
+            for f in (self.process.alpha, self.process.sigma)
+        )
+        x = (alpha**2 * self.sigma_data**2 + sigma**2) ** 0.5 * z
+        device = next(self.parameters()).device
+        return x.to(device, dtype or torch.float32)
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    process: Process | None = None,
+    device: torch.device | str = "cpu",
+) -> ZooDenoiser:
+    """A trained network as a denoiser.
+
+    Args:
+        name: A key of `RECIPES` whose weights are packaged, or the path of a weight
+            file written by ``python -m artlib.zoo.train``.
+        process: The process to sample under, by default ``VE(0.002, 80)``; an EDM
+            network serves any process through its noise level.
+        device: Where to put it.
+
+    Returns:
+        A `ZooDenoiser` in single precision, in evaluation mode, without gradients in
+        its parameters.
+
+    Raises:
+        ValueError: If there is no network of that name.
+        FileNotFoundError: If its weights are not packaged: they have to be trained.
+        StateFileError: If the weight file is damaged.
+
+    Example:
+        >>> import artlib
+        >>> net = artlib.zoo.load("fashion-base")
+        >>> flow = artlib.ProbabilityFlow(net.process, net)
+    """
+    path = _path(name)
+    tensors, header = read_state(path, kind=_KIND)
+    network = UNet(UNetConfig.from_dict(header["config"]))
+    _fill(network, tensors, path)
+    return ZooDenoiser(network, process or VE(), header).to(device).eval()
+
+
+def load_autoencoder(
+    name: str | os.PathLike[str] = "fashion-autoencoder",
+    *,
+    device: torch.device | str = "cpu",
+) -> Autoencoder:
+    """A trained autoencoder.
+
+    Args:
+        name: As in `load`.
+        device: Where to put it.
+
+    Raises:
+        ValueError: As there.
+        FileNotFoundError: As there.
+        StateFileError: As there.
+    """
+    path = _path(name)
+    tensors, header = read_state(path, kind=_AUTOENCODER_KIND)
+    network = Autoencoder(AutoencoderConfig.from_dict(header["config"]))
+    _fill(network, tensors, path)
+    return network.to(device)
+
+
+def _fill(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Set a network's weights, and freeze it."""
+    try:
+        network.load_state_dict({key: t.float() for key, t in tensors.items()})
+    except RuntimeError as error:
+        raise StateFileError(
+            f"{path}: its weights do not fit the network of its header; train or fetch "
+            f"it again ({str(error).splitlines()[0]})"
+        ) from error
+    network.requires_grad_(False).eval()
+
+
+def available() -> list[str]:
+    """Names of the score networks whose weights are packaged."""
+    return [
+        name
+        for name, recipe in RECIPES.items()
+        if not isinstance(recipe, AutoencoderRecipe)
+        and (WEIGHTS / f"{name}.safetensors").is_file()
+    ]
+
+
+def save_network(
+    path: str | os.PathLike[str], network: UNet | Autoencoder, header: dict[str, Any]
+) -> None:
+    """Write a weight file: half precision, atomically.
+
+    Args:
+        path: The file.
+        network: Usually the moving average of a training run.
+        header: ``name``, ``sigma_data`` and whatever else is known of it.
+
+    Raises:
+        OSError: If it cannot be written; an older file is then untouched.
+        ValueError: If a weight is beyond half precision.
+    """
+    tensors = {key: t.half() for key, t in network.state_dict().items()}
+    beyond = [key for key, t in tensors.items() if not bool(torch.isfinite(t).all())]
+    if beyond:
+        raise ValueError(
+            f"network: {beyond[:3]} hold values that half precision cannot; the "
+            "training diverged, lower its learning rate"
+        )
+    header = {**header, "config": network.config.to_dict()}
+    kind = _KIND if isinstance(network, UNet) else _AUTOENCODER_KIND
+    write_state(path, tensors, header, kind=kind)
+
+
+def _path(name: str | os.PathLike[str]) -> Path:
+    if Path(name).suffix == ".safetensors":
+        return Path(name)
+    if str(name) not in RECIPES:
+        raise ValueError(
+            f"name: expected one of {list(RECIPES)} or the path of a .safetensors "
+            f"file, got {str(name)!r}"
+        )
+    path = WEIGHTS / f"{name}.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{name}: its weights are not packaged; train it with: "
+            f"python -m artlib.zoo.train {name}"
+        )
+    return path

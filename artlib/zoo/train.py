@@ -1,0 +1,151 @@
+"""Train a network of the zoo: ``python -m artlib.zoo.train fashion-base``.
+
+One command per network. It can be stopped at any time (Ctrl-C, a power cut) and
+continues from its last checkpoint when it is given again. It ends by writing the
+half-precision weights, and beside them, as JSON, the recipe, the loss curve, the time
+it took and the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from .._files import write_bytes
+from .._rl_options import TrainingError
+from .._state_file import StateFileError
+from . import data
+from .autoencoder import Autoencoder
+from .networks import WEIGHTS, load_autoencoder, save_network
+from .recipes import RECIPES, Recipe, recipe
+from .training import Trainer
+
+
+def training_images(chosen: Recipe) -> Tensor:
+    """What a network is trained on.
+
+    Args:
+        chosen: Its recipe.
+
+    Raises:
+        FileNotFoundError: If the data set is not here; says how to get it.
+    """
+    if chosen.data == "fashion-latent":
+        return load_autoencoder().encode(data.fashion_mnist("train"))
+    return data.DATASETS[chosen.data]("train")
+
+
+def train(
+    chosen: Recipe,
+    images: Tensor,
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    steps: int | None = None,
+    every: int = 500,
+    progress: bool = True,
+) -> Path:
+    """Train, or continue to train, and write the weights.
+
+    Args:
+        chosen: What to train.
+        images: Its training set.
+        folder: Where weights, record and (meanwhile) the checkpoint are written.
+        device: Where to train.
+        steps: Other than the recipe's number of steps.
+        every: Steps between checkpoints.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The weight file.
+
+    Raises:
+        OSError: If the folder cannot be written to; what was there is intact.
+        StateFileError: If the checkpoint there is damaged or of another run.
+        TrainingError: If the loss is NaN; the last checkpoint is intact.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(chosen, images, device=device, steps=steps)
+    checkpoint = folder / f"{chosen.name}.checkpoint.safetensors"
+    for _ in trainer.train(checkpoint=checkpoint, every=every, progress=progress):
+        pass
+    if isinstance(trainer.average, Autoencoder):
+        trainer.average.normalise(trainer.images)
+    on = torch.device(device)
+    made = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name(on)
+        if on.type == "cuda"
+        else f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s)",
+        "seconds": round(trainer.seconds),
+        "steps": trainer.steps,
+        "versions": {"artlib": __version__, "torch": torch.__version__},
+    }
+    header = {
+        "name": chosen.name,
+        "sigma_data": trainer.sigma_data,
+        "recipe": chosen.to_dict(),
+        "made": made,
+    }
+    weights = folder / f"{chosen.name}.safetensors"
+    save_network(weights, trainer.average, header)
+    losses = [round(loss, 5) for loss in trainer.losses]
+    parameters = sum(p.numel() for p in trainer.network.parameters())
+    record = {**header, "parameters": parameters, "loss_per_50_steps": losses}
+    write_bytes(
+        folder / f"{chosen.name}.json", (json.dumps(record, indent=1) + "\n").encode()
+    )
+    checkpoint.unlink()
+    return weights
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m artlib.zoo.train",
+        description="Train a network of the zoo. Stop it when you like: the same "
+        "command continues from its last checkpoint.",
+    )
+    parser.add_argument("name", choices=sorted(RECIPES), help="which network")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--steps", type=int, help="other than the recipe's")
+    parser.add_argument(
+        "--out", type=Path, default=WEIGHTS, help="folder; default: the package's own"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    given = parser.parse_args(arguments)
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    chosen = recipe(given.name)
+    try:
+        path = train(
+            chosen,
+            training_images(chosen),
+            given.out,
+            device=given.device,
+            steps=given.steps,
+            progress=not given.quiet,
+        )
+    except (OSError, StateFileError, TrainingError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 130
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
