@@ -16,6 +16,7 @@ has K + 1 nodes.
 from importlib import import_module
 from types import ModuleType
 
+from ._feature_metrics import class_score, feature_distance, kernel_distance
 from ._path_derivative import ForwardModeWarning
 from ._reference_path import Trajectory
 from .actor_critic import ActorCritic, TrainingRecord
@@ -84,8 +85,10 @@ __all__ = [
     "Trajectory",
     "art",
     "beta",
+    "class_score",
     "cost",
     "edm",
+    "feature_distance",
     "frechet_distance",
     "from_density",
     "from_edm",
@@ -97,6 +100,7 @@ __all__ = [
     "from_x0",
     "gaussian_output_std",
     "gaussian_w2",
+    "kernel_distance",
     "kl_optimal",
     "log_snr",
     "lower_bound",
