@@ -15,7 +15,7 @@ compared with each other, never with published FID, KID or IS.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class Estimate(NamedTuple):
     standard_error: float
 
 
+@runtime_checkable
 class _FeatureNetwork(Protocol):
     """What `feature_distance` needs of a network, such as `artlib.zoo.FeatureNet`."""
 
