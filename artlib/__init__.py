@@ -20,6 +20,7 @@ from ._feature_metrics import class_score, feature_distance, kernel_distance
 from ._path_derivative import ForwardModeWarning
 from ._reference_path import Trajectory
 from .actor_critic import ActorCritic, TrainingRecord
+from .comparison import Comparison, baselines, compare, references
 from .control import StiffnessTable, art, cost, lower_bound, stiffness_table
 from .denoisers import (
     CountNFE,
@@ -70,6 +71,7 @@ __all__ = [
     "VE",
     "VP",
     "ActorCritic",
+    "Comparison",
     "CountNFE",
     "Empirical",
     "ForwardModeWarning",
@@ -84,8 +86,10 @@ __all__ = [
     "TrainingRecord",
     "Trajectory",
     "art",
+    "baselines",
     "beta",
     "class_score",
+    "compare",
     "cost",
     "edm",
     "feature_distance",
@@ -106,6 +110,7 @@ __all__ = [
     "lower_bound",
     "nfe",
     "oracle_grid",
+    "references",
     "sample",
     "sliced_wasserstein2",
     "stiffness_table",

@@ -1,5 +1,23 @@
-"""Data and, later, small networks to try things on; nothing is downloaded unasked."""
+"""Small networks and data to try things on; nothing is downloaded unasked."""
 
 from .data import DATASETS, digits, emoji, fashion_mnist, mnist
+from .features import FeatureNet, features
+from .measures import image_measure
+from .networks import ZooDenoiser, available, load, load_autoencoder
+from .recipes import RECIPES
 
-__all__ = ["DATASETS", "digits", "emoji", "fashion_mnist", "mnist"]
+__all__ = [
+    "DATASETS",
+    "RECIPES",
+    "FeatureNet",
+    "ZooDenoiser",
+    "available",
+    "digits",
+    "emoji",
+    "fashion_mnist",
+    "features",
+    "image_measure",
+    "load",
+    "load_autoencoder",
+    "mnist",
+]
