@@ -16,6 +16,7 @@ has K + 1 nodes.
 from importlib import import_module
 from types import ModuleType
 
+from ._convert import convert
 from ._feature_metrics import class_score, feature_distance, kernel_distance
 from ._path_derivative import ForwardModeWarning
 from ._reference_path import Trajectory
@@ -90,6 +91,7 @@ __all__ = [
     "beta",
     "class_score",
     "compare",
+    "convert",
     "cost",
     "edm",
     "feature_distance",

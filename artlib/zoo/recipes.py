@@ -130,7 +130,7 @@ _FASHION = UNetConfig(shape=(1, 28, 28))
 
 _ALL: tuple[Recipe, ...] = (
     ScoreRecipe(
-        "fashion-small", "fashion", replace(_FASHION, widths=(16, 64)), steps=5_000
+        "fashion-small", "fashion", replace(_FASHION, widths=(16, 64)), steps=3_000
     ),
     ScoreRecipe("fashion-base", "fashion", _FASHION, steps=7_000),
     ScoreRecipe(
@@ -150,16 +150,16 @@ _ALL: tuple[Recipe, ...] = (
         rate=5e-4,
         ema=0.9995,
     ),
-    ScoreRecipe("mnist-base", "mnist", _FASHION, steps=3_000),
-    ScoreRecipe("emoji-base", "emoji", UNetConfig(shape=(3, 32, 32)), steps=3_500),
+    ScoreRecipe("mnist-base", "mnist", _FASHION, steps=1_500),
+    ScoreRecipe("emoji-base", "emoji", UNetConfig(shape=(3, 32, 32)), steps=1_500),
     AutoencoderRecipe(
-        "fashion-autoencoder", "fashion", AutoencoderConfig(), steps=2_000
+        "fashion-autoencoder", "fashion", AutoencoderConfig(), steps=1_200
     ),
     ScoreRecipe(
         "fashion-latent-base",
         "fashion-latent",
         UNetConfig(shape=(4, 7, 7), widths=(64, 112), patch=1),
-        steps=4_000,
+        steps=2_500,
     ),
 )
 
