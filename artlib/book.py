@@ -8,7 +8,8 @@ functions here behave alike in all three, so that a chapter never asks where it 
 * :func:`show` displays a figure exactly once.
 * :func:`full` and :func:`device` say how much to compute, and where.
 * :func:`save_results` and :func:`load_results` keep the tables of full runs in
-  ``notebooks/results/NAME.json``, each with the circumstances it was made in.
+  ``notebooks/results/NAME.json``, each with the circumstances it was made in;
+  :func:`comparison` does that for tables of schedules, and checks a part.
 """
 
 from __future__ import annotations
@@ -28,8 +29,18 @@ import torch
 from matplotlib.figure import Figure
 
 from . import __version__
+from ._book_comparison import comparison
 
-__all__ = ["device", "full", "glue", "load_results", "save_results", "show"]
+__all__ = [
+    "comparison",
+    "device",
+    "full",
+    "glue",
+    "load_results",
+    "save_results",
+    "scratch",
+    "show",
+]
 
 #: Resolution of the figures in the book; the page scales them down to its width.
 FIGURE_DPI = 160
@@ -142,6 +153,13 @@ def load_results(name: str) -> dict[str, Any]:
         )
     loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return loaded
+
+
+def scratch(name: str) -> Path:
+    """A file for what a long run keeps until it is done, under ``_build``."""
+    folder = _results_dir().parent.parent / "_build"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
 
 
 def _in_kernel() -> bool:

@@ -1,0 +1,80 @@
+"""Tables of chapters: stored by a full run, and compared with the code of today."""
+
+import json
+
+import pytest
+import torch
+
+import artlib
+from artlib import book
+
+PROCESS = artlib.VE(sigma_max=20.0)
+
+
+def flow_of(variance):
+    law = artlib.Gaussian(torch.zeros(2), variance * torch.eye(2))
+    return artlib.ProbabilityFlow(PROCESS, law.denoiser(PROCESS))
+
+
+def noise(n, seed):
+    rng = torch.Generator().manual_seed(seed)
+    return 20.0 * torch.randn(n, 2, generator=rng, dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ARTLIB_FULL", raising=False)
+
+
+def run(flow, **more):
+    return book.comparison(
+        "ch99-test",
+        flow,
+        {"EDM": artlib.edm(PROCESS), "KL-optimal": artlib.kl_optimal(PROCESS)},
+        noise,
+        {"euler": [2, 4], "heun": [3]},
+        count=8,
+        part={"euler": [2]},
+        few=4,
+        **more,
+    )
+
+
+def test_full_run_stores_and_quick_run_reads_and_checks(monkeypatch, tmp_path, capsys):
+    with monkeypatch.context() as patch:
+        patch.setenv("ARTLIB_FULL", "1")
+        whole = run(flow_of(1.0), measure=lambda x: {"spread": float(x.std())})
+    assert (tmp_path / "_build" / "ch99-test.partial.json").is_file()
+    capsys.readouterr()
+    read = run(flow_of(1.0))
+    assert read == whole
+    assert set(read.cells["heun 3"]["EDM"]) == {"spread", "error"}
+    assert len(read.values("euler", 4, "KL-optimal", "error")) == 3
+    assert "8 samples for each of 3 seeds" in capsys.readouterr().out
+
+
+def test_code_that_gives_other_numbers_is_found_out(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("ARTLIB_FULL", "1")
+        run(flow_of(1.0))
+    with pytest.raises(AssertionError, match="ch99-test: EDM, euler 2: the error is"):
+        run(flow_of(1.1))
+
+
+def test_stored_numbers_that_were_changed_are_found_out(monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setenv("ARTLIB_FULL", "1")
+        run(flow_of(1.0))
+    file = tmp_path / "notebooks" / "results" / "ch99-test.json"
+    stored = json.loads(file.read_text())
+    stored["results"]["part"]["cells"]["euler 2"]["KL-optimal"]["error"][0] *= 1.05
+    file.write_text(json.dumps(stored))
+    with pytest.raises(AssertionError, match="KL-optimal, euler 2"):
+        run(flow_of(1.0))
+
+
+def test_without_results_the_message_says_how_to_make_them():
+    with pytest.raises(FileNotFoundError, match="run the chapter at full size first"):
+        run(flow_of(1.0))
