@@ -58,6 +58,7 @@ full: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(PY) tools/bench.py
+	@OMP_NUM_THREADS=1 $(PY) tools/bench_images.py
 
 clean:
 	rm -rf _build build *.egg-info .pytest_cache .mypy_cache .ruff_cache
