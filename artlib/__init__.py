@@ -39,6 +39,7 @@ from .metrics import (
 )
 from .processes import VE, VP, Process, RectifiedFlow
 from .schedules import (
+    ExportError,
     Schedule,
     ScheduleFormatError,
     beta,
@@ -55,7 +56,7 @@ from .targets import Empirical, Gaussian, GaussianMixture
 
 __version__ = "0.1.0"
 
-_LAZY = ("book", "plotting", "zoo")
+_LAZY = ("adapters", "book", "plotting", "zoo")
 
 
 def __getattr__(name: str) -> ModuleType:
@@ -71,6 +72,7 @@ __all__ = [
     "ActorCritic",
     "CountNFE",
     "Empirical",
+    "ExportError",
     "ForwardModeWarning",
     "Gaussian",
     "GaussianMixture",
