@@ -42,6 +42,7 @@ from .metrics import (
 )
 from .processes import VE, VP, Process, RectifiedFlow
 from .schedules import (
+    ExportError,
     Schedule,
     ScheduleFormatError,
     beta,
@@ -58,7 +59,7 @@ from .targets import Empirical, Gaussian, GaussianMixture
 
 __version__ = "0.1.0"
 
-_LAZY = ("book", "plotting", "zoo")
+_LAZY = ("adapters", "book", "plotting", "zoo")
 
 
 def __getattr__(name: str) -> ModuleType:
@@ -75,6 +76,7 @@ __all__ = [
     "Comparison",
     "CountNFE",
     "Empirical",
+    "ExportError",
     "ForwardModeWarning",
     "Gaussian",
     "GaussianMixture",

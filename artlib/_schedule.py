@@ -196,6 +196,52 @@ class Schedule:
         """The K-step grid as a plain list, ``[80.0, ..., 0.0]``: Python and JSON."""
         return json.dumps(self.grid(K).tolist())
 
+    def to_diffusers(
+        self,
+        scheduler: Any,
+        K: int,
+        *,
+        mu: float | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Set a scheduler of diffusers to K steps, and let it hold this schedule.
+
+        Afterwards a pipeline with that scheduler takes this schedule's steps, however
+        many it asks for; see `artlib.adapters.diffusers.to_diffusers`.
+
+        Args:
+            scheduler: For example ``pipe.scheduler``.
+            K: Number of steps.
+            mu: Of a scheduler with dynamic shifting; it is undone.
+            device: Where the scheduler's timesteps go.
+
+        Raises:
+            ExportError: If the scheduler cannot visit these noise levels to 1e-5; it
+                is then as it was.
+            TypeError: If ``scheduler`` is none or ``K`` no integer.
+            ValueError: If ``K`` < 1.
+        """
+        from .adapters.diffusers import to_diffusers
+
+        to_diffusers(self, scheduler, K, mu=mu, device=device)
+
+    def to_k_diffusion(self, K: int, *, denoise: float = 1.0) -> Tensor:
+        """Sigmas for k-diffusion: float32 [K + 1] on the CPU, descending to 0.
+
+        Args:
+            K: Number of steps that are taken.
+            denoise: Share of the way from noise to data; below 1 the tail of a longer
+                grid, see `artlib.adapters.k_diffusion.to_k_diffusion`.
+
+        Raises:
+            ExportError: If the first noise level is infinite or two nodes are one
+                number in float32.
+            ValueError: If an argument is out of its range.
+        """
+        from .adapters.k_diffusion import to_k_diffusion
+
+        return to_k_diffusion(self, K, denoise=denoise)
+
     def to_json(self) -> str:
         """The schedule as JSON text; `from_json` gives back the same to the bit."""
         return _schedule_io.dumps(

@@ -27,6 +27,10 @@ class ScheduleFormatError(ValueError):
     """A schedule file that cannot be used; the message names it and the remedy."""
 
 
+class ExportError(ValueError):
+    """A schedule cannot be exported unharmed; the message says why, and what to do."""
+
+
 def library_version() -> str:
     """The library's version, as recorded in every schedule."""
     # Here, not above: the package imports this module while it is being imported.

@@ -41,12 +41,13 @@ from ._schedule import (
     end_of_range,
     through_nodes,
 )
-from ._schedule_io import ScheduleFormatError
+from ._schedule_io import ExportError, ScheduleFormatError
 from ._time_change import BetaQuantiles, Formula, Linear, NoiseWarp
 from ._time_table import Interpolation, Table, quantiles, uniform_clock
 from .processes import Process
 
 __all__ = [
+    "ExportError",
     "Schedule",
     "ScheduleFormatError",
     "beta",

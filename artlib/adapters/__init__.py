@@ -1,0 +1,17 @@
+"""Where schedules meet the frameworks that sample with them.
+
+| module | to and from |
+| --- | --- |
+| `artlib.adapters.diffusers` | schedulers and networks of Hugging Face diffusers |
+| `artlib.adapters.k_diffusion` | k-diffusion, ComfyUI and all that takes its sigmas |
+| `artlib.adapters.comfyui` | a node for ComfyUI, with a schedule beside it |
+| `artlib.adapters.nvlabs` | networks called as ``net(x, sigma, class_labels)`` |
+
+None imports its framework: they work on the objects they are given. So that a damaged
+grid never reaches a sampler, an export either is exact to 1e-5 or raises `ExportError`.
+"""
+
+from .._schedule_io import ExportError
+from . import comfyui, diffusers, k_diffusion, nvlabs
+
+__all__ = ["ExportError", "comfyui", "diffusers", "k_diffusion", "nvlabs"]

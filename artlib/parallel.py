@@ -1,0 +1,165 @@
+r"""More than one device: trajectories split over the processes of accelerate.
+
+Reference paths and |Q| along them are all that ART spends network evaluations on, and
+they are independent from trajectory to trajectory. A `ParallelFlow` integrates its own
+share of the rows of ``x_T`` in every process and gathers the results, so that each of
+them holds the whole table, row for row as one process would have it. Nothing is
+averaged over averages: the statistics are those of all N trajectories, and the schedule
+is that of one process up to round-off, whatever the number of processes.
+
+`artlib.art`, `artlib.stiffness_table` and `artlib.ActorCritic` take such a flow as any
+other; every process has to call them, with the same ``x_T``. Training in the table is
+then the same in all of them, and it is enough that one does it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._reference_path import Trajectory
+from .flow import ProbabilityFlow
+from .solvers import GridLike
+from .solvers import sample as sample_here
+
+__all__ = ["ParallelFlow", "sample", "split"]
+
+
+class ParallelFlow(ProbabilityFlow):
+    """A flow whose trajectories are split over processes; make one with `split`.
+
+    Attributes:
+        accelerator: The ``accelerate.Accelerator`` that knows the processes.
+    """
+
+    accelerator: Any
+
+    def trajectory(
+        self,
+        x_T: Tensor,
+        times: Tensor | Sequence[float],
+        *,
+        method: str = "rk4",
+        rtol: float = 1e-6,
+    ) -> Trajectory:
+        n = len(x_T)
+        own = super().trajectory(
+            x_T[self._rows(n, x_T.device)], times, method=method, rtol=rtol
+        )
+        return Trajectory(
+            own.times,
+            self._gather_columns(own.states, n),
+            self._gather_columns(own.denoised, n),
+            self._gather_columns(own.velocities, n),
+        )
+
+    def path_stiffness(self, path: Trajectory) -> Tensor:
+        n = path.states.shape[1]
+        rows = self._rows(n, path.states.device)
+        own = Trajectory(
+            path.times,
+            path.states[:, rows],
+            path.denoised[:, rows],
+            path.velocities[:, rows],
+        )
+        values = super().path_stiffness(own)
+        # Forward mode may work on the rows of one process and not on another's.
+        differs = torch.tensor(
+            [self.acceleration_method == "difference"], device=self.accelerator.device
+        )
+        if bool(self.accelerator.gather(differs).any()) and not bool(differs):
+            self._derivative.method = "difference"
+            values = super().path_stiffness(own)
+        return self._gather(values, n)
+
+    def _rows(self, n: int, device: torch.device) -> Tensor:
+        """This process's rows; the last one repeats, so that all have as many."""
+        share = -(-n // self.accelerator.num_processes)
+        first = share * self.accelerator.process_index
+        return torch.arange(first, first + share, device=device).clamp(max=n - 1)
+
+    def _gather(self, rows: Tensor, n: int) -> Tensor:
+        """All processes' rows in order, without the repeated ones."""
+        home = rows.device
+        gathered: Tensor = self.accelerator.gather(
+            rows.to(self.accelerator.device).contiguous()
+        )
+        return gathered[:n].to(home)
+
+    def _gather_columns(self, values: Tensor, n: int) -> Tensor:
+        return self._gather(values.transpose(0, 1), n).transpose(0, 1).contiguous()
+
+
+def split(flow: ProbabilityFlow, accelerator: Any | None = None) -> ParallelFlow:
+    """The same flow, its trajectories split over all processes.
+
+    Run the script with ``accelerate launch``; alone, it is one process and all is as
+    before.
+
+    Args:
+        flow: The flow; every process has its network, on its own device.
+        accelerator: An ``accelerate.Accelerator``; by default a new one.
+
+    Returns:
+        A `ParallelFlow`.
+
+    Raises:
+        TypeError: If ``flow`` is no flow or ``accelerator`` none of accelerate's.
+        ImportError: If accelerate is not installed.
+    """
+    if not isinstance(flow, ProbabilityFlow):
+        raise TypeError(
+            f"flow: expected a ProbabilityFlow, got {type(flow).__name__}; wrap a "
+            "denoiser as ProbabilityFlow(process, denoiser)"
+        )
+    if accelerator is None:
+        try:
+            from accelerate import Accelerator
+        except ImportError as error:
+            raise ImportError(
+                "more than one process needs accelerate: install it with "
+                'pip install "art-diffusion[accelerate]"'
+            ) from error
+        accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if not (hasattr(accelerator, "gather") and hasattr(accelerator, "num_processes")):
+        raise TypeError(
+            "accelerator: expected an accelerate.Accelerator, got "
+            f"{type(accelerator).__name__}"
+        )
+    parallel = copy.copy(flow)
+    parallel.__class__ = ParallelFlow
+    assert isinstance(parallel, ParallelFlow)
+    parallel.accelerator = accelerator
+    return parallel
+
+
+def sample(
+    flow: ParallelFlow, x_T: Tensor, grid: GridLike, *, solver: str = "euler"
+) -> Tensor:
+    """`artlib.sample` with the samples split over processes; all get all of them.
+
+    Args:
+        flow: From `split`.
+        x_T: The states of all samples, the same in every process.
+        grid: As in `artlib.sample`.
+        solver: As there, one that takes a grid: an adaptive solver would choose other
+            steps for every share.
+
+    Returns:
+        All samples in the order of ``x_T``, on the device of ``x_T``.
+
+    Raises:
+        TypeError: If the flow is not split.
+        ValueError: As in `artlib.sample`.
+    """
+    if not isinstance(flow, ParallelFlow):
+        raise TypeError(
+            f"flow: expected a ParallelFlow, got {type(flow).__name__}; make one with "
+            "artlib.parallel.split(flow)"
+        )
+    rows = flow._rows(len(x_T), x_T.device)
+    return flow._gather(sample_here(flow, x_T[rows], grid, solver=solver), len(x_T))
