@@ -10,7 +10,7 @@ PIP_ARGS ?=
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test lint notebooks status full bench clean
+.PHONY: help setup book test lint notebooks status full zoo bench clean
 
 help:
 	@echo "make setup                create $(VENV) and install everything (book and test do it)"
@@ -20,6 +20,7 @@ help:
 	@echo "make notebooks            re-execute all chapters in place; CHAPTER=04 only that one"
 	@echo "make status               the same, and write the runtimes on the build status page"
 	@echo "make full CHAPTER=10      a chapter at full size, as plain Python (use a GPU)"
+	@echo "make zoo                  train the networks that have no weights yet (use a GPU)"
 	@echo "make bench                ratios: sampling overhead, cost of the closed form and of Q"
 	@echo "make clean                remove what was built (not $(VENV))"
 
@@ -55,6 +56,9 @@ status: $(INSTALLED)
 full: $(INSTALLED)
 	@test -n "$(CHAPTER)" || { echo "which chapter? make full CHAPTER=10" >&2; exit 1; }
 	ARTLIB_FULL=1 $(PY) tools/run_chapter.py $(CHAPTER)
+
+zoo: $(INSTALLED)
+	$(PY) -m artlib.zoo.train missing
 
 bench: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(PY) tools/bench.py

@@ -444,6 +444,20 @@ def test_command_trains_and_prints_the_file(images, tmp_path, monkeypatch, capsy
     assert load(printed).name == "fashion-base"
 
 
+def test_missing_trains_what_has_no_weights(images, tmp_path, monkeypatch, capsys):
+    names = ("fashion-base", "mnist-base")
+    monkeypatch.setattr(
+        command, "RECIPES", {name: replace(TINY, name=name) for name in names}
+    )
+    monkeypatch.setattr(command, "recipe", command.RECIPES.get)
+    monkeypatch.setattr(command, "training_images", lambda chosen: images)
+    (tmp_path / "mnist-base.safetensors").write_bytes(b"already here")
+    arguments = ["missing", "--out", str(tmp_path), "--device", "cpu", "--quiet"]
+    assert command.main(arguments) == 0
+    assert (tmp_path / "mnist-base.safetensors").read_bytes() == b"already here"
+    assert load(tmp_path / "fashion-base.safetensors").name == "fashion-base"
+
+
 def test_command_reports_errors_and_fails(tmp_path, monkeypatch, capsys):
     def absent(chosen):
         raise FileNotFoundError("no copy of Fashion-MNIST")

@@ -1,9 +1,9 @@
 """Train a network of the zoo: ``python -m artlib.zoo.train fashion-base``.
 
-One command per network. It can be stopped at any time (Ctrl-C, a power cut) and
-continues from its last checkpoint when it is given again. It ends by writing the
-half-precision weights, and beside them, as JSON, the recipe, the loss curve, the time
-it took and the device.
+One command per network, or ``missing`` for all that have not been trained yet. It can
+be stopped at any time (Ctrl-C, a power cut) and continues from its last checkpoint when
+it is given again. It ends by writing the half-precision weights, and beside them, as
+JSON, the recipe, the loss curve, the time it took and the device.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def train(
         "recipe": chosen.to_dict(),
         "made": made,
     }
-    weights = folder / f"{chosen.name}.safetensors"
+    weights = _weights(folder, chosen.name)
     save_network(weights, trainer.average, header)
     losses = [round(loss, 5) for loss in trainer.losses]
     parameters = sum(p.numel() for p in trainer.network.parameters())
@@ -108,6 +108,10 @@ def train(
     return weights
 
 
+def _weights(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -115,7 +119,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Train a network of the zoo. Stop it when you like: the same "
         "command continues from its last checkpoint.",
     )
-    parser.add_argument("name", choices=sorted(RECIPES), help="which network")
+    parser.add_argument(
+        "names",
+        nargs="+",
+        choices=["missing", *RECIPES],
+        metavar="NAME",
+        help=f"which networks: {', '.join(RECIPES)}; or 'missing', all that have no "
+        "weights yet",
+    )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="CPU threads")
@@ -127,23 +138,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.threads:
         torch.set_num_threads(given.threads)
-    chosen = recipe(given.name)
+    names = dict.fromkeys(given.names)
+    if "missing" in names:
+        names = {n: None for n in RECIPES if not _weights(given.out, n).is_file()}
     try:
-        path = train(
-            chosen,
-            training_images(chosen),
-            given.out,
-            device=given.device,
-            steps=given.steps,
-            progress=not given.quiet,
-        )
+        for name in names:
+            chosen = recipe(name)
+            path = train(
+                chosen,
+                training_images(chosen),
+                given.out,
+                device=given.device,
+                steps=given.steps,
+                progress=not given.quiet,
+            )
+            print(path, flush=True)
     except (OSError, StateFileError, TrainingError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
-    print(path)
     return 0
 
 
