@@ -21,7 +21,7 @@ from ._feature_metrics import class_score, feature_distance, kernel_distance
 from ._path_derivative import ForwardModeWarning
 from ._reference_path import Trajectory
 from .actor_critic import ActorCritic, TrainingRecord
-from .comparison import Comparison, baselines, compare, references
+from .comparison import Comparison, baselines, compare, nfe_to_quality, references
 from .control import StiffnessTable, art, cost, lower_bound, stiffness_table
 from .denoisers import (
     CountNFE,
@@ -113,6 +113,7 @@ __all__ = [
     "log_snr",
     "lower_bound",
     "nfe",
+    "nfe_to_quality",
     "oracle_grid",
     "references",
     "sample",

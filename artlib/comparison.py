@@ -170,6 +170,49 @@ class Comparison:
             ) from error
 
 
+def nfe_to_quality(
+    nfe: Sequence[float] | np.ndarray, error: Sequence[float] | np.ndarray, goal: float
+) -> float:
+    """Network evaluations that are needed for an error to come down to a goal.
+
+    Between two measured points the error is a power of the NFE (a straight line on log
+    axes). Where it is not monotone, what counts is from when on it *stays* at the goal
+    or below.
+
+    Args:
+        nfe: Evaluations [n], ascending.
+        error: Error at each of them [n], > 0.
+        goal: The error to reach, > 0.
+
+    Returns:
+        The NFE, fractional; that of the first point if the goal is met everywhere
+        (then it is an upper bound), and NaN if it is not met at the last.
+
+    Raises:
+        ValueError: If the lists differ in length, do not ascend, or a number is not
+            finite and positive.
+    """
+    counts, errors = np.asarray(nfe, dtype=float), np.asarray(error, dtype=float)
+    if counts.ndim != 1 or counts.shape != errors.shape or not len(counts):
+        raise ValueError(
+            f"nfe, error: expected two lists of one length, got {counts.shape} and "
+            f"{errors.shape}"
+        )
+    numbers = np.concatenate([counts, errors, [goal]])
+    if not (np.isfinite(numbers).all() and (numbers > 0).all()):
+        raise ValueError("nfe, error, goal: expected finite numbers above 0")
+    if (np.diff(counts) <= 0).any():
+        raise ValueError(f"nfe: expected ascending numbers, got {counts.tolist()}")
+    above = np.flatnonzero(errors > goal * (1 + 1e-12))
+    if not len(above):
+        return float(counts[0])
+    last = int(above[-1])
+    if last == len(counts) - 1:
+        return float("nan")
+    share = np.log(errors[last] / goal) / np.log(errors[last] / errors[last + 1])
+    return float(counts[last] * (counts[last + 1] / counts[last]) ** share)
+
+
 def references(
     flow: ProbabilityFlow,
     noises: Sequence[Tensor],

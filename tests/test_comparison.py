@@ -7,7 +7,13 @@ import pytest
 import torch
 
 import artlib
-from artlib.comparison import Comparison, baselines, compare, references
+from artlib.comparison import (
+    Comparison,
+    baselines,
+    compare,
+    nfe_to_quality,
+    references,
+)
 
 VARIANCES = torch.tensor([1.0, 0.3, 0.01])
 
@@ -127,6 +133,27 @@ def test_text_has_every_schedule_with_nfe_mean_and_spread(flow, noises):
     mean = table.mean("heun", 6, "Uniform", "error")
     assert f"{mean:.3g} ± " in lines[1]
     assert Comparison.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+
+
+def test_quality_is_reached_where_a_power_law_says():
+    nfe = np.array([3.0, 5.0, 9.0, 19.0])
+    error = 2.0 * nfe**-1.7
+    for goal in (0.2, 0.05, 2.0 * 9.0**-1.7):
+        expected = (2.0 / goal) ** (1 / 1.7)
+        assert nfe_to_quality(nfe, error, goal) == pytest.approx(expected)
+    assert nfe_to_quality(nfe, error, 1.0) == 3.0
+    assert np.isnan(nfe_to_quality(nfe, error, 1e-3))
+
+
+def test_an_error_that_comes_back_up_does_not_count_as_reached():
+    found = nfe_to_quality([1, 2, 4, 8], [1.0, 0.1, 0.4, 0.2], 0.3)
+    assert 4 < found < 8
+    with pytest.raises(ValueError, match="ascending"):
+        nfe_to_quality([2, 1], [1.0, 0.5], 0.7)
+    with pytest.raises(ValueError, match="finite numbers above 0"):
+        nfe_to_quality([1, 2], [1.0, float("nan")], 0.7)
+    with pytest.raises(ValueError, match="two lists of one length"):
+        nfe_to_quality([1, 2], [1.0], 0.7)
 
 
 def test_bad_input_is_refused(flow, noises, tmp_path):
