@@ -16,18 +16,15 @@ import os
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from ._files import write_bytes
+from ._state_file import StateFileError, read_state, write_state
 from ._stiffness import StiffnessTable
 
-_FORMAT = "artlib-actor-critic"
-_VERSION = 1
+_KIND = "artlib-actor-critic"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(StateFileError):
     """The file is no checkpoint that this trainer can continue from."""
 
 
@@ -47,16 +44,6 @@ def path_lengths(table: StiffnessTable) -> Tensor:
     return table.cumulative(table.fine_values.sqrt())[:, -1].clone()
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """Of the values, as safetensors itself has no check sum."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        values = tensors[name].detach().cpu().contiguous()
-        digest.update(name.encode())
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def save_state(
     path: str | os.PathLike[str], tensors: dict[str, Tensor], scalars: dict[str, Any]
 ) -> None:
@@ -70,14 +57,7 @@ def save_state(
     Raises:
         OSError: If writing fails; an older file is then untouched.
     """
-    data = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    header = {
-        "format": _FORMAT,
-        "version": str(_VERSION),
-        "state": json.dumps(scalars),
-        "sha256": _digest(data),
-    }
-    write_bytes(path, save(data, metadata=header))
+    write_state(path, tensors, scalars, kind=_KIND)
 
 
 def load_state(
@@ -100,33 +80,17 @@ def load_state(
     """
     name = os.fspath(path)
     try:
-        with safe_open(name, framework="pt") as file:
-            header = file.metadata() or {}
-            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{name}: truncated or no safetensors file ({error}); delete it to start "
-            "again, or restore a copy"
-        ) from error
-    if header.get("format") != _FORMAT:
-        raise CheckpointError(f"{name}: not a checkpoint of ART-RL; give another file")
-    if header.get("version") != str(_VERSION):
-        raise CheckpointError(
-            f"{name}: written by another version of the format "
-            f"({header.get('version')}, this is {_VERSION}); update artlib"
-        )
+        found, state = read_state(path, kind=_KIND)
+    except StateFileError as error:
+        raise CheckpointError(str(error)) from error
     try:
-        state: dict[str, Any] = json.loads(header["state"])
         same_problem = state["problem"] == scalars["problem"]
         intact = 0 <= state["iteration"] <= state["iterations"]
         intact = intact and math.isfinite(state["multiplier"])
-        intact = intact and header["sha256"] == _digest(found)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"{name}: its header is damaged; delete it") from error
     if not intact:
-        raise CheckpointError(f"{name}: damaged, its check sum is wrong; delete it")
+        raise CheckpointError(f"{name}: damaged, its header is wrong; delete it")
     lengths = found.get("lengths", torch.zeros(0))
     if not same_problem or not _close(lengths, tensors["lengths"]):
         raise CheckpointError(
@@ -145,9 +109,6 @@ def load_state(
     ]
     if wrong or set(state) != set(scalars):
         raise CheckpointError(f"{name}: incomplete, {wrong[:3]} missing; delete it")
-    broken = [key for key, t in found.items() if not bool(torch.isfinite(t).all())]
-    if broken:
-        raise CheckpointError(f"{name}: {broken[:3]} hold NaN; delete it")
     return found, state
 
 

@@ -102,7 +102,10 @@ def read_state(
     broken = [key for key, t in tensors.items() if not bool(torch.isfinite(t).all())]
     if broken:
         raise StateFileError(f"{name}: {broken[:3]} hold NaN; delete it")
-    header: dict[str, Any] = json.loads(metadata["state"])
+    try:
+        header: dict[str, Any] = json.loads(metadata["state"])
+    except (KeyError, ValueError) as error:
+        raise StateFileError(f"{name}: its header is damaged; delete it") from error
     return tensors, header
 
 

@@ -627,7 +627,7 @@ def flip(file: Path) -> None:
 
 def rewrite(file: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
     """Change tensors, and make the check sum fit again."""
-    from artlib._rl_checkpoint import _digest
+    from artlib._state_file import _digest
 
     with safe_open(str(file), framework="pt") as handle:
         header = handle.metadata()
@@ -659,7 +659,7 @@ def other_version(file: Path) -> None:
         (empty, "truncated"),
         (text, "truncated or no safetensors"),
         (folder, "no safetensors file"),
-        (foreign, "not a checkpoint of ART-RL"),
+        (foreign, "not a file of the kind"),
         (flip, "check sum"),
         (put_nan, "NaN"),
         (drop, "missing"),
