@@ -31,7 +31,7 @@ def comparison(
     measure: Measure | None = None,
     part: Budgets | None = None,
     few: int = 16,
-    rtol: float = 1e-4,
+    rtol: float = 1e-5,
 ) -> Comparison:
     """A table of a full run, of which a part is computed again.
 
