@@ -162,10 +162,11 @@ def test_an_image_has_its_features_whatever_is_beside_it(nets, name):
     net, images = nets[name], sample(name)
     whole = net.features(images.repeat(2, 1, 1, 1))  # more than one batch
     assert whole.dtype == torch.float32
-    assert torch.allclose(whole[395:405], net.features(images.roll(5, 0))[:10].roll(0))
-    assert torch.allclose(
-        whole[:3].double(), net.features(images[:3].double()).double()
-    )
+    # Other batches, other order of the sums: equal but for rounding in float32.
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    assert torch.allclose(whole[395:400], net.features(images[395:]), **close)
+    assert torch.allclose(whole[500:505], net.features(images[100:105]), **close)
+    assert torch.allclose(whole[:3], net.features(images[:3].double()), **close)
 
 
 def test_values_beyond_the_range_are_clamped_and_no_graph_is_kept(nets):
