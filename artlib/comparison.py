@@ -138,7 +138,8 @@ class Comparison:
                 if label in self.cells[f"{solver} {K}"]:
                     mean = self.mean(solver, K, label, measure)
                     spread = self.spread(solver, K, label, measure)
-                    entry = f"{mean:.{digits}g} ± {spread:.1g}"
+                    error = f"{spread:.1g}" if spread < 1 else f"{spread:.0f}"
+                    entry = f"{mean:.{digits}g} ± {error}"
                 else:
                     entry = "-"
                 row += f"{entry:>{cell}s}"
