@@ -18,19 +18,22 @@ is :math:`\rho \in [1, 0]`, the share of the log noise level still to go.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from ._log_level import log_level, log_level_dot
 from ._reference_path import Trajectory
-from ._stiffness import StiffnessTable
+from ._stiffness import FINE, StiffnessTable
 from .denoisers import CountNFE
 from .flow import ProbabilityFlow
 
 _LOOKUP = 513  # look-up points per path: |Q| is smooth at that spacing
+_STRIDE = (FINE - 1) // (_LOOKUP - 1)
 _COLUMNS = 4  # H, log |Q| floored, log |Q|, share of the length; then the features
 _MAX_FEATURES = 32
 
@@ -100,23 +103,46 @@ class TableEnvironment:
             )
         self.nfe = 0
         self.size = table.values.shape[0]
-        stride = (table.fine_times.numel() - 1) // (_LOOKUP - 1)
-        times = table.fine_times[::stride]
+        times = table.fine_times[::_STRIDE]
         level = log_level(self.process, times)
         self._top, self._bottom = float(level[0]), float(level[-1])
         self.levels = self._top - self._bottom
         self._log_times = times.log().to(device)
-        values = table.fine_values[:, ::stride]
-        integral = table.cumulative(table.fine_values)[:, ::stride]
-        length = table.cumulative(table.fine_values.sqrt())[:, ::stride]
-        least_of_all = floor * table.fine_mean[::stride]
-        floored = torch.maximum(values, least_of_all)
         # A vanishing |Q| on all paths still needs a logarithm.
-        least = 1e-12 * float(values.max())
+        self._least = 1e-12 * float(table.fine_values[:, ::_STRIDE].max())
+        floors = (floor * table.fine_mean[::_STRIDE]).clamp_min(self._least)
+        self._log_floor = floors.log().to(device)
+        floored = torch.maximum(table.fine_values[:, ::_STRIDE], floors).log()
+        self._usual_log = floored.mean(0).to(device)
+        self._project(path, seed)
+        self._fill(table, path)
+
+    def with_paths(self, table: StiffnessTable, path: Trajectory, x_T: Tensor) -> Self:
+        """The same environment on other trajectories of the same flow.
+
+        Units, floor, whitening and projection stay those of the first ones: that is
+        what the networks were trained with.
+
+        Args:
+            table: |Q| along the new trajectories, at the same times.
+            path: The trajectories themselves.
+            x_T: Their states at t_max [n, *sample_shape].
+        """
+        new = copy.copy(self)
+        new.table, new.size = table, table.values.shape[0]
+        new._fill(table, path)
+        return new
+
+    def _fill(self, table: StiffnessTable, path: Trajectory) -> None:
+        """Tabulate trajectories."""
+        level = log_level(self.process, table.fine_times[::_STRIDE])
+        values = table.fine_values[:, ::_STRIDE]
+        integral = table.cumulative(table.fine_values)[:, ::_STRIDE]
+        length = table.cumulative(table.fine_values.sqrt())[:, ::_STRIDE]
         columns = [
             integral * self.span / self.length**2,
-            floored.clamp_min(least).log(),
-            values.clamp_min(least).log(),
+            torch.maximum(values.clamp_min(self._least).log(), self._log_floor.cpu()),
+            values.clamp_min(self._least).log(),
             # A path without acceleration is walked when the others would be: rho.
             torch.where(
                 length[:, -1:] > 0,
@@ -124,19 +150,17 @@ class TableEnvironment:
                 (self._top - level) / self.levels,
             ),
         ]
-        self._project(path, seed)
+        flat = path.states.flatten(2)
+        states = self._whiten(flat, self._mean, self._std)
         place = (self._top - level) / self.levels * (path.times.numel() - 1)
-        features = _interpolate(self._states, place).permute(1, 0, 2)
-        usual = columns[1].mean(0)
-        own = _relative_log(columns[1], usual)[..., None]
+        features = _interpolate(states, place).permute(1, 0, 2)
+        own = _relative_log(columns[1], self._usual_log.cpu())[..., None]
         rows = torch.cat([torch.stack(columns, dim=2), own, features.cpu()], dim=2)
         self.width = 1 + features.shape[2]
-        self._rows = rows.reshape(-1, rows.shape[2]).to(device).contiguous()
-        self._log_floor = least_of_all.clamp_min(least).log().to(device)
-        self._usual_log = usual.to(device)
+        self._rows = rows.reshape(-1, rows.shape[2]).to(self.device).contiguous()
 
     def _project(self, path: Trajectory, seed: int) -> None:
-        """Whitened states [n, N, m]: per time, so that noise does not drown data."""
+        """Statistics of the states [n, N, d], per time: else noise drowns the data."""
         flat = path.states.flatten(2)
         self._mean = flat.mean(1, keepdim=True)
         self._std = flat.std(1, correction=0, keepdim=True) + 1e-12
@@ -146,7 +170,6 @@ class TableEnvironment:
             size = (flat.shape[2], _MAX_FEATURES)
             random = torch.randn(size, generator=rng, dtype=torch.float64)
             self._projection = torch.linalg.qr(random)[0].to(flat)
-        self._states = self._whiten(flat, self._mean, self._std)
 
     def _whiten(self, flat: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         white = (flat - mean) / std
@@ -256,6 +279,14 @@ class ModelEnvironment(TableEnvironment):
     def nfe(self, value: int) -> None:
         self._counter.nfe = value
 
+    def with_paths(self, table: StiffnessTable, path: Trajectory, x_T: Tensor) -> Self:
+        new = super().with_paths(table, path, x_T)
+        # Evaluations on other paths are none of the training's.
+        new._counter = CountNFE(self._counter.denoiser)
+        new._flow = self._flow.with_denoiser(new._counter)
+        new._x_T = x_T
+        return new
+
     def start(self, rows: Tensor) -> Place:
         self._x = self._x_T[rows.to(self._x_T.device)]
         return self._evaluate(super().start(rows), rows)
@@ -280,7 +311,7 @@ class ModelEnvironment(TableEnvironment):
                 "denoiser away from its own paths, or lower temperature"
             )
         stiffness = stiffness.to(self.device)
-        node = (1 - place.rho) * (self._states.shape[0] - 1)
+        node = (1 - place.rho) * (self._mean.shape[0] - 1)
         mean, std = (_interpolate(s, node)[:, 0] for s in (self._mean, self._std))
         white = self._whiten(self._x.double().flatten(1), mean, std).to(self.device)
         index = ((1 - place.rho) * (_LOOKUP - 1)).round().long().clamp(0, _LOOKUP - 1)

@@ -32,7 +32,7 @@ class Loop:
         self.learner = Learner(options, environment.width, device)
         self._rng = torch.Generator(device).manual_seed(options.seed)
         self.iteration, self.iterations = 0, 0
-        self.multiplier = 0.0
+        self.multiplier = options.multiplier
 
     def iterate(self) -> TrainingRecord:
         """Do one iteration, or leave everything as it was.
@@ -48,7 +48,12 @@ class Loop:
             raise
 
     def play(
-        self, rows: Tensor, *, noise: Tensor | None = None, actor: Head | None = None
+        self,
+        rows: Tensor,
+        *,
+        noise: Tensor | None = None,
+        actor: Head | None = None,
+        environment: TableEnvironment | None = None,
     ) -> Episodes:
         """Episodes of the trajectories ``rows``; of the mean policy without noise.
 
@@ -56,6 +61,7 @@ class Loop:
             rows: Which trajectories [n].
             noise: Draws [K, n].
             actor: Another actor than the last iterate.
+            environment: Other trajectories than those of the training.
 
         Raises:
             TrainingError: If the network in the loop returns NaN.
@@ -63,7 +69,7 @@ class Loop:
         o = self._options
         try:
             return play(
-                self._environment,
+                environment or self._environment,
                 actor or self.learner.actor,
                 rows,
                 steps=o.steps,

@@ -8,6 +8,24 @@ from typing import Literal
 from ._rl_networks import Constraint
 
 
+def default_temperature(steps: int) -> float:
+    r"""Temperature at which the noise of one step is no longer than with 18 steps.
+
+    In the position :math:`\int\sqrt{|Q|}\,d\psi / L` a step of the optimal clock has
+    the length 1/K and noise of the standard deviation
+
+    .. math:: \frac{\sqrt{|Q|}}{L}\,\sqrt{\frac{\lambda}{|Q|}}\,\frac{T}{K}
+              = \frac{\sqrt{\lambda}}{K} \quad (\lambda \text{ in natural units}).
+
+    The policy takes |Q| as constant over it. That fails for a long one: so
+    :math:`\sqrt\lambda/K` is kept at its value for K = 18 and 0.05, or below.
+
+    Args:
+        steps: K.
+    """
+    return 0.05 * min(1.0, steps / 18) ** 2
+
+
 class DivergenceWarning(UserWarning):
     """Training is leaving the good region; the message says what to change."""
 
@@ -53,6 +71,7 @@ class Options:
     hidden: int
     critic_rate: float
     actor_rate: float
+    multiplier: float
     multiplier_rate: float
     critic_updates: int
     warm_up: int
@@ -78,6 +97,11 @@ class Options:
             raise ValueError(
                 f"batch: {self.batch} exceeds the {trajectories} trajectories of x_T; "
                 "pass more of them or a smaller batch"
+            )
+        if self.constraint == "hard" and self.multiplier != 0:
+            raise ValueError(
+                f"multiplier: {self.multiplier} has no meaning where the last step is "
+                "forced to the end; leave it at 0, or use constraint='multiplier'"
             )
         if self.environment == "model" and self.step_cost == "exact":
             raise ValueError(

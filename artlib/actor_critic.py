@@ -45,7 +45,13 @@ from ._rl_checkpoint import (
 from ._rl_environment import ModelEnvironment, TableEnvironment
 from ._rl_loop import Loop
 from ._rl_networks import Constraint, Head
-from ._rl_options import DivergenceWarning, Options, TrainingError, TrainingRecord
+from ._rl_options import (
+    DivergenceWarning,
+    Options,
+    TrainingError,
+    TrainingRecord,
+    default_temperature,
+)
 from ._rl_watch import Watch
 from .control import stiffness_path
 from .flow import ProbabilityFlow
@@ -68,7 +74,10 @@ class ActorCritic:
         x_T: States at ``t_max`` [N, *shape]; each gives one trajectory.
         steps: K, steps of an episode.
         temperature: :math:`\lambda` in natural units: relative noise of the speed is
-            about its square root.
+            about its square root. By default 0.05 min(1, K/18)^2: in units of the whole
+            path's length the noise of a step is :math:`\sqrt\lambda/K`, and no longer
+            than with 18 steps it has to be, since |Q| changes by decades within one
+            long step (K = 5 at 0.05 diverges).
         seed: Of weights, noise and batches.
         constraint: ``"hard"``: the last step goes to the end; ``"multiplier"``: the
             paper's, the mean of psi(T) is driven to T by gamma.
@@ -82,6 +91,10 @@ class ActorCritic:
         hidden: Width of the networks.
         critic_rate: Step size of the critic (Adam), decaying to 0.
         actor_rate: Step size of the actor, decaying to 0.
+        multiplier: gamma at the start, in natural units; negative values reward
+            progress. For constraint="multiplier" only. At 0 a clock first learns to
+            stand still. At the end of an optimal clock :math:`\gamma^* = -2|Q|\theta`,
+            by eq. (18) with V = 0.
         multiplier_rate: Step size of gamma.
         critic_updates: Critic steps per iteration.
         warm_up: Iterations in which the critic alone learns.
@@ -111,7 +124,7 @@ class ActorCritic:
         x_T: Tensor,
         *,
         steps: int = 18,
-        temperature: float = 0.05,
+        temperature: float | None = None,
         seed: int = 0,
         constraint: Constraint = "hard",
         environment: Literal["table", "model"] = "table",
@@ -122,6 +135,7 @@ class ActorCritic:
         hidden: int = 64,
         critic_rate: float = 1e-2,
         actor_rate: float = 5e-3,
+        multiplier: float = 0.0,
         multiplier_rate: float = 0.05,
         critic_updates: int = 4,
         warm_up: int = 50,
@@ -132,8 +146,11 @@ class ActorCritic:
         x_T = check_samples(x_T)
         if step_cost is None:
             step_cost = "left" if environment == "model" else "exact"
+        steps = positive_int(steps, "steps", minimum=2)
+        if temperature is None:
+            temperature = default_temperature(steps)
         self.options = Options(
-            steps=positive_int(steps, "steps", minimum=2),
+            steps=steps,
             temperature=finite_float(temperature, "temperature", positive=True),
             seed=positive_int(seed, "seed", minimum=0),
             constraint=constraint,
@@ -145,6 +162,7 @@ class ActorCritic:
             hidden=positive_int(hidden, "hidden"),
             critic_rate=finite_float(critic_rate, "critic_rate", positive=True),
             actor_rate=finite_float(actor_rate, "actor_rate", positive=True),
+            multiplier=finite_float(multiplier, "multiplier"),
             multiplier_rate=finite_float(
                 multiplier_rate, "multiplier_rate", positive=True
             ),
@@ -153,7 +171,10 @@ class ActorCritic:
         )
         self.options.check(len(x_T))
         self.device = torch.device(device) if device is not None else x_T.device
-        self.table, path = stiffness_path(flow, x_T, points=points, method=method)
+        self._flow = flow
+        self._sampling: dict[str, Any] = {"points": points, "method": method}
+        self._like = x_T[:0]
+        self.table, path = stiffness_path(flow, x_T, **self._sampling)
         shared: dict[str, Any] = {
             "floor": self.options.floor,
             "seed": self.options.seed,
@@ -268,15 +289,39 @@ class ActorCritic:
 
     # What comes out.
 
-    def clocks(self) -> Tensor:
+    def clocks(self, x_T: Tensor | None = None) -> Tensor:
         """Process times of the learned mean policy, per trajectory.
 
+        Args:
+            x_T: States at ``t_max`` [n, *shape] of other trajectories than those of
+                the training, which are the default. Their reference paths are
+                integrated anew; the evaluations for that are not in `nfe`.
+
         Returns:
-            float64 [N, K + 1] on the CPU: each path's clock at even readings.
+            float64 [n, K + 1] on the CPU: each path's clock at even readings.
+
+        Raises:
+            TypeError: If ``x_T`` is no floating-point tensor.
+            ValueError: If its samples have another shape than those of the training,
+                or hold NaN.
         """
-        rows = torch.arange(self.environment.size, device=self.device)
+        environment = self.environment if x_T is None else self._on(x_T)
+        rows = torch.arange(environment.size, device=self.device)
         actor = self._loop.learner.averaged_actor()
-        return self._loop.play(rows, actor=actor).time.T.cpu()
+        episodes = self._loop.play(rows, actor=actor, environment=environment)
+        return episodes.time.T.cpu()
+
+    def _on(self, x_T: Tensor) -> TableEnvironment:
+        """The environment on other trajectories."""
+        x_T = check_samples(x_T)
+        if x_T.shape[1:] != self._like.shape[1:]:
+            raise ValueError(
+                f"x_T: samples of shape {tuple(x_T.shape[1:])}, expected "
+                f"{tuple(self._like.shape[1:])} as in the training; pass states of the "
+                "same flow"
+            )
+        table, path = stiffness_path(self._flow, x_T, **self._sampling)
+        return self.environment.with_paths(table, path, x_T)
 
     def distill(self) -> Schedule:
         """The mean clock over the trajectories, as a plain schedule.

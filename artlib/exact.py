@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import least_squares, minimize
 from torch import Tensor
 
 from ._checks import as_grid, positive_int, require_finite
@@ -34,6 +34,9 @@ from .processes import Process, as_time
 from .schedules import edm, kl_optimal, log_snr
 
 _STARTS = 6
+_ROUND_OFF = 1e-10
+"""W2 relative to the data's width, at or below which it counts as 0."""
+
 _LEAST_STEP = 1e-3
 """Least step of the oracle, in log time: nodes never meet, and the search never ends at
 a grid that float32 could not tell from a shorter one."""
@@ -153,15 +156,20 @@ def oracle_grid(
 ) -> Tensor:
     r"""The K-step grid with the least exact W2 on :math:`N(0, C)`.
 
-    The K - 1 inner nodes are moved by BFGS on log W2, in the logits of the
-    steps in log time, from the hand-made schedules and from random grids; the best end
-    point is polished and returned. On laws of very few distinct variances W2 can reach
-    0, where its logarithm has a cusp and the search may stop short; on spectra it
-    finds the same grid from every seed.
+    The K - 1 inner nodes are moved in the logits of the steps in log time, from the
+    hand-made schedules and from random grids. Where there are at least as many nodes
+    as distinct variances, the signed errors :math:`|m_j| s_{T,j} - \sqrt{\lambda_j}`
+    may all vanish at once: least squares are tried first, and the first start that
+    reaches 0 to round-off ends the search. Otherwise BFGS moves them on log W2 and the
+    best end point is polished.
+
+    The grid is a limit worth the name on spectra, where it is the same from every seed.
+    An error of 0 on few variances says that their errors were made to cancel, usually
+    by many grids; the one that is returned comes from a fixed start if one gets there.
 
     Args:
         process: The noising process.
-        variances: Eigenvalues of C [d].
+        variances: Eigenvalues of C [d]; those that agree to a relative 1e-9 are one.
         K: Number of steps, >= 1.
         solver: As in `gaussian_output_std`.
         seed: Of the random starts.
@@ -173,44 +181,91 @@ def oracle_grid(
         ValueError: If an argument is out of its range.
     """
     K = positive_int(K, "K")
+    seed = positive_int(seed, "seed", minimum=0)
     lam = _variances(variances)
     first = torch.tensor([process.t_max, 0.0], dtype=torch.float64)
     if K == 1:
         return _nodes(process, first, solver)
-    unique, counts = torch.unique(lam, return_counts=True)
+    distinct, counts = _distinct(lam)
     weight = counts.double().sqrt()
 
-    def objective(z: np.ndarray) -> tuple[float, np.ndarray]:
-        logits = torch.tensor(z, dtype=torch.float64, requires_grad=True)
+    def residuals(logits: Tensor) -> Tensor:
         nodes = _from_logits(process, logits)
-        std = gaussian_output_std(process, unique, nodes, solver=solver)
-        loss = torch.log(torch.linalg.norm(weight * (std - unique.sqrt())) + 1e-14)
-        (gradient,) = torch.autograd.grad(loss, logits)
-        return float(loss.detach()), gradient.numpy()
+        std = gaussian_output_std(process, distinct, nodes, solver=solver)
+        return weight * (std - distinct.sqrt())
 
-    return _from_logits(process, torch.from_numpy(_search(objective, process, K, seed)))
+    starts = _starts(process, K, seed)
+    # A point (variance 0) is no condition: the last step puts it where it belongs.
+    few = int((distinct > 0).sum()) < K
+    width = float(lam.sum()) ** 0.5 or 1.0
+    found = _zero(residuals, starts, width) if few else None
+    if found is None:
+        ends = [_descend(residuals, z, maxiter=150, gtol=1e-6) for z in starts]
+        ends.sort(key=lambda z: float(residuals(torch.from_numpy(z)).norm()))
+        found = _zero(residuals, ends, width) if few else None
+        if found is None:
+            found = _descend(residuals, ends[0], maxiter=1000, gtol=1e-10)
+    return _from_logits(process, torch.from_numpy(found))
 
 
-def _search(
-    objective: Callable[[np.ndarray], tuple[float, np.ndarray]],
-    process: Process,
-    K: int,
-    seed: int,
-) -> np.ndarray:
-    """The best of several local searches, polished."""
+def _distinct(lam: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct variances and their counts, round-off of an eigensolver aside."""
+    # The largest sets the scale: below 1e-15 of it an eigenvalue is noise anyway.
+    level = torch.log(lam.clamp_min(1e-15 * float(lam.max())) + 1e-300)
+    _, group, counts = torch.unique(
+        (level * 1e9).round(), return_inverse=True, return_counts=True
+    )
+    total = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, group, lam)
+    return total / counts, counts
+
+
+def _starts(process: Process, K: int, seed: int) -> list[np.ndarray]:
+    """Logits of the hand-made schedules, then of random grids around their mean."""
     rng = np.random.default_rng(seed)
     schedules = (edm, log_snr, kl_optimal)
     starts = [_to_logits(process, s(process, pinned=False).grid(K)) for s in schedules]
     spread = np.mean(starts, axis=0)
-    starts += [spread + rng.normal(size=K - 1) for _ in range(_STARTS - len(starts))]
-    options: dict[str, Any] = {"maxiter": 150, "gtol": 1e-6}
-    ends = [
-        minimize(objective, z, jac=True, method="BFGS", options=options) for z in starts
-    ]
-    best = min(ends, key=lambda end: end.fun)
-    polish: dict[str, Any] = {"maxiter": 1000, "gtol": 1e-10}
-    final = minimize(objective, best.x, jac=True, method="BFGS", options=polish)
-    return np.asarray(final.x)
+    random = range(_STARTS - len(starts))
+    return starts + [spread + rng.normal(size=K - 1) for _ in random]
+
+
+def _zero(
+    residuals: Callable[[Tensor], Tensor], starts: list[np.ndarray], width: float
+) -> np.ndarray | None:
+    """The first root that least squares reach, errors relative to ``width``; or None.
+
+    Near a root every step squares the error. One that gains less than a part in 1e3
+    has met something else, and the search goes on from the next start.
+    """
+
+    def value(z: np.ndarray) -> np.ndarray:
+        return residuals(torch.from_numpy(z)).numpy() / width
+
+    def jacobian(z: np.ndarray) -> np.ndarray:
+        rows = torch.autograd.functional.jacobian(residuals, torch.from_numpy(z))
+        return np.asarray(rows) / width
+
+    stop: dict[str, Any] = {"xtol": 1e-14, "ftol": 1e-3, "gtol": 1e-14, "max_nfev": 60}
+    for z in starts:
+        end = least_squares(value, z, jac=jacobian, **stop)
+        if np.linalg.norm(end.fun) <= _ROUND_OFF:
+            return np.asarray(end.x)
+    return None
+
+
+def _descend(
+    residuals: Callable[[Tensor], Tensor], z: np.ndarray, **options: float
+) -> np.ndarray:
+    """One local search on log W2, by BFGS."""
+
+    def objective(z: np.ndarray) -> tuple[float, np.ndarray]:
+        logits = torch.tensor(z, dtype=torch.float64, requires_grad=True)
+        loss = torch.log(torch.linalg.norm(residuals(logits)) + 1e-14)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        return float(loss.detach()), gradient.numpy()
+
+    end = minimize(objective, z, jac=True, method="BFGS", options=options)
+    return np.asarray(end.x)
 
 
 def _longest(process: Process) -> float:

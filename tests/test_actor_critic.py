@@ -410,6 +410,74 @@ def test_learned_clocks_follow_their_paths(
     assert feedback < exact < 1.04
 
 
+def test_learned_clocks_suit_new_paths(
+    trained: tuple[ActorCritic, list[TrainingRecord]],
+) -> None:
+    """On noise that was never seen: near the best single clock of *that* noise."""
+    trainer, _ = trained
+    like = trainer.environment._mean  # any process' prior is this wide
+    rng = torch.Generator().manual_seed(7)
+    x_T = PROCESS.t_max * torch.randn(100, like.shape[2], generator=rng, dtype=F64)
+    nfe = trainer.nfe
+    clocks = trainer.clocks(x_T)
+    assert trainer.nfe == nfe
+    assert clocks.shape == (100, 19)
+    assert bool((clocks[:, 1:] < clocks[:, :-1]).all())
+    environment = trainer._on(x_T)
+    rows = torch.arange(100)
+    actor = trainer._loop.learner.averaged_actor()
+    episodes = trainer._loop.play(rows, actor=actor, environment=environment)
+    assert torch.equal(episodes.time.T, clocks)
+    table = environment.table
+    unit = trainer.table.lower_bound()  # of the costs of episodes
+    cost = float(episodes.exact.sum(0).mean()) * unit
+    assert cost < 1.06 * table.lower_bound()
+    assert cost > table.lower_bound("feedback")
+
+
+def test_clocks_of_given_paths_do_not_depend_on_their_company() -> None:
+    """Whitening, units and floor are the training's: a part gives a part."""
+    _, x_T = mixture()
+    for options in ({}, {"environment": "model"}):
+        trainer = small(**options)
+        list(trainer.train(8))
+        before, own = state(trainer), trainer.clocks()
+        nfe = trainer.nfe
+        assert torch.equal(trainer.clocks(x_T), own)
+        torch.testing.assert_close(
+            trainer.clocks(x_T[[5, 2]]), own[[5, 2]], rtol=1e-6, atol=0
+        )
+        assert not torch.allclose(trainer.clocks(0.5 * x_T), own, rtol=1e-6)
+        assert trainer.nfe == nfe  # these were no evaluations of the training
+        assert same(state(trainer), before)
+        assert torch.equal(trainer.clocks(), own)  # nothing was overwritten
+
+
+def test_few_steps_train_at_the_default_temperature() -> None:
+    """At K = 5 within one step |Q| changes by decades; 0.05 diverges there."""
+    for steps, expected in ((18, 0.05), (40, 0.05), (9, 0.0125)):
+        assert small(steps=steps).options.temperature == pytest.approx(expected)
+    flow, x_T = mixture(64)
+    trainer = ActorCritic(flow, x_T, steps=5, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DivergenceWarning)
+        list(trainer.train(150))
+    rows, environment = torch.arange(64), trainer.environment
+    actor = trainer._loop.learner.averaged_actor()
+    learned = float(trainer._loop.play(rows, actor=actor).exact.sum(0).mean())
+    # The closed form's six nodes: optimal for many steps, not for five.
+    ticks = torch.linspace(0, trainer.table.span, 6, dtype=F64)
+    places = [
+        environment.at(rows, environment.position(t.expand(64)))
+        for t in trainer.table.art().time(ticks)
+    ]
+    closed = sum(
+        float(environment.exact_cost(here, there, 5).mean())
+        for here, there in pairwise(places)
+    )
+    assert 1 < learned < closed
+
+
 def test_distilled_schedule_says_where_it_comes_from(
     trained: tuple[ActorCritic, list[TrainingRecord]], tmp_path: Path
 ) -> None:
@@ -444,6 +512,19 @@ def test_multiplier_becomes_negative_where_the_clock_ends_early() -> None:
     assert math.isclose(records[-1].end_residual, residual, rel_tol=0.5)
     # The distilled schedule goes to the end all the same.
     assert float(trainer.distill().time(trainer.table.span)) == PROCESS.t_min
+
+
+def test_multiplier_starts_where_it_is_told() -> None:
+    options = {"constraint": "multiplier", "batch": 12, "warm_up": 0}
+    at_zero, below = (small(**options, multiplier=m) for m in (0.0, -2.0))
+    assert (at_zero.multiplier, below.multiplier) == (0.0, -2.0)
+    first, other = (next(trainer.train(15)) for trainer in (at_zero, below))
+    # The first episodes are the same, and so is the step of gamma by (30) ...
+    assert first.cost == other.cost
+    assert other.multiplier + 2 == pytest.approx(first.multiplier, rel=1e-9)
+    # ... but not what they teach: every increment holds -gamma times the way walked.
+    assert other.martingale_error > first.martingale_error + 0.1
+    assert not torch.equal(weights(at_zero), weights(below))
 
 
 def test_model_in_the_loop_charges_another_cost_and_counts_it() -> None:
@@ -757,6 +838,13 @@ def test_bad_states_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         ActorCritic(mixture()[0], bad_states(kind))
+    with pytest.raises(error, match=message):
+        small().clocks(bad_states(kind))
+
+
+def test_states_of_another_shape_are_refused_by_clocks() -> None:
+    with pytest.raises(ValueError, match=r"x_T: samples of shape \(2,\), expected \(1"):
+        small().clocks(torch.ones(3, 2, dtype=F64))
 
 
 @pytest.mark.parametrize(
@@ -773,6 +861,8 @@ def test_bad_states_are_refused(
         ({"actor_rate": math.nan}, "actor_rate"),
         ({"critic_rate": 0.0}, "critic_rate"),
         ({"multiplier_rate": -1.0}, "multiplier_rate"),
+        ({"multiplier": -1.0}, "multiplier: -1.0 has no meaning"),
+        ({"constraint": "multiplier", "multiplier": math.nan}, "multiplier"),
         ({"critic_updates": 0}, "critic_updates"),
         ({"warm_up": -1}, "warm_up"),
         ({"batch": 0}, "batch"),

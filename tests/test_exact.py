@@ -153,17 +153,19 @@ def test_oracle_of_one_step_has_no_choice() -> None:
     assert oracle(1).tolist() == [10.0, 0.0]
 
 
-def by_hand(nodes: Sequence[Tensor], solver: str = "euler") -> Tensor:
+def by_hand(
+    nodes: Sequence[Tensor], solver: str = "euler", lam: Tensor = SPECTRUM
+) -> Tensor:
     """W2 in VE, x' = t x / (lam + t^2), for many grids at once: nodes [..., 1]."""
-    std = torch.sqrt(SPECTRUM + nodes[0] ** 2)
+    std = torch.sqrt(lam + nodes[0] ** 2)
     for now, after in pairwise(nodes):
-        rate, next_rate = now / (SPECTRUM + now**2), after / (SPECTRUM + after**2)
+        rate, next_rate = now / (lam + now**2), after / (lam + after**2)
         factor = 1 + (after - now) * rate
         # The last step to 0 is Euler's.
         if solver == "heun" and bool((after > 0).all()):
             factor = 1 + (after - now) / 2 * (rate + next_rate * factor)
         std = std * factor
-    return (std.abs() - SPECTRUM.sqrt()).norm(dim=-1)
+    return (std.abs() - lam.sqrt()).norm(dim=-1)
 
 
 def as_nodes(*values: Tensor | float) -> list[Tensor]:
@@ -199,7 +201,8 @@ def test_oracle_of_two_steps_is_that_of_a_search(solver: str) -> None:
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_oracle_of_three_steps_is_that_of_a_search(solver: str) -> None:
+@pytest.mark.parametrize("lam", [SPECTRUM, SPECTRUM[[0, 3]]], ids=["five", "two"])
+def test_oracle_of_three_steps_is_that_of_a_search(lam: Tensor, solver: str) -> None:
     """Two free nodes, tried on a lattice, then on finer ones around the best pair."""
     centre, width = torch.tensor([0.3, 0.3]).log10().double(), 1.5
     for _ in range(5):
@@ -208,13 +211,69 @@ def test_oracle_of_three_steps_is_that_of_a_search(solver: str) -> None:
             for c in centre
         ]
         first, second = torch.meshgrid(*(10**line for line in lines), indexing="ij")
-        found = by_hand(as_nodes(10.0, first, second, 0.0), solver)
+        found = by_hand(as_nodes(10.0, first, second, 0.0), solver, lam)
         found[(second >= first) | (first >= 10)] = math.inf
         best = np.unravel_index(int(found.argmin()), found.shape)
         centre = torch.tensor([first[best], second[best]]).log10()
         width /= 30
-    least = w2(NARROW, oracle(3, solver), solver)
+    grid = artlib.oracle_grid(NARROW, lam, 3, solver=solver)
+    least = float(artlib.gaussian_w2(NARROW, lam, grid, solver=solver))
     assert least == pytest.approx(float(found[best]), rel=1e-4)
+
+
+def reached(lam: Any, K: int, solver: str, seed: int = 0) -> float:
+    """W2 of the oracle in units of the data's width."""
+    grid = artlib.oracle_grid(NARROW, lam, K, solver=solver, seed=seed)
+    assert bool((grid.diff() < 0).all())
+    least = artlib.gaussian_w2(NARROW, lam, grid, solver=solver)
+    return float(least) / math.sqrt(float(torch.as_tensor(lam).sum()))
+
+
+@pytest.mark.parametrize("K", [2, 3, 5, 10])
+@pytest.mark.parametrize("variance", [1.0, 0.04])
+def test_oracle_hits_a_single_variance_with_heun(variance: float, K: int) -> None:
+    """Some grids end too wide and some too narrow, so some are exact."""
+    if K == 2:  # there is a root, seen without the oracle
+        lam = torch.tensor([variance], dtype=torch.float64)
+        nodes = torch.logspace(-3, 0.99, 4000).double()
+        assert float(by_hand(as_nodes(10.0, nodes, 0.0), "heun", lam).min()) < 5e-3
+    for seed in (0, 1):
+        assert reached([variance], K, "heun", seed) < 1e-9
+
+
+@pytest.mark.parametrize("solver", ["rk4", "dpmpp_2m"])
+def test_oracle_hits_two_variances_with_enough_steps(solver: str) -> None:
+    for seed in (0, 1):
+        assert reached([4.0, 0.01], 5, solver, seed) < 1e-9
+
+
+@pytest.mark.parametrize("K", [2, 5, 10])
+def test_oracle_of_a_single_variance_with_euler_is_known(K: int) -> None:
+    """A product of cosines, largest for equal angles: it never reaches 0."""
+    angle = math.atan(10.0 / 0.5)
+    expected = 1 - math.cos(angle / K) ** K
+    assert reached([0.25], K, "euler") == pytest.approx(expected, rel=1e-7)
+    grid = artlib.oracle_grid(NARROW, [0.25], K)
+    equal = 0.5 * torch.tan(angle * (1 - torch.arange(K + 1).double() / K))
+    torch.testing.assert_close(grid, equal, rtol=1e-4, atol=1e-9)
+
+
+def test_oracle_takes_round_off_for_what_it_is() -> None:
+    """Eigenvalues of the identity are not all 1 to the last bit, nor is 0 exact."""
+    rng = torch.Generator().manual_seed(0)
+    noisy = 1 + 1e-14 * torch.randn(50, generator=rng, dtype=torch.float64)
+    assert reached(noisy, 2, "heun") < 1e-9
+    assert reached([1.0, 0.0, 1e-22], 3, "heun") < 1e-9
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_oracle_of_a_spectrum_is_the_same_grid_from_every_seed(solver: str) -> None:
+    lam = torch.logspace(1, -4, 40, dtype=torch.float64)
+    first, *others = (
+        artlib.oracle_grid(NARROW, lam, 6, solver=solver, seed=seed) for seed in (0, 1)
+    )
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
@@ -306,7 +365,9 @@ def test_bad_arguments_are_refused(name: str, case: tuple[Any, Any, Any]) -> Non
             artlib.oracle_grid(NARROW, variances, 2, **options)
 
 
-@pytest.mark.parametrize("K", [0, 2.5])
-def test_a_number_of_steps_is_refused(K: Any) -> None:
+@pytest.mark.parametrize("bad", [0, 2.5])
+def test_a_bad_number_of_steps_or_seed_is_refused(bad: Any) -> None:
     with pytest.raises((ValueError, TypeError), match="K"):
-        artlib.oracle_grid(NARROW, [1.0], K)
+        artlib.oracle_grid(NARROW, [1.0], bad)
+    with pytest.raises((ValueError, TypeError), match="seed"):
+        artlib.oracle_grid(NARROW, [1.0], 2, seed=bad - 1)
