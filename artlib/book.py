@@ -176,15 +176,23 @@ def _results_dir() -> Path:
 
 
 def _commit() -> str:
-    """The commit the code stands at, with ``+`` if the working tree differs."""
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty=+"],
-            cwd=Path(__file__).parent,
+    """The commit the code stands at, with ``+`` if tracked files differ from it.
+
+    Results are not counted: a run that writes two files would mark the second.
+    """
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent.parent,
             capture_output=True,
             text=True,
             check=True,
-        )
+        ).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD")
+        changes = git("status", "--porcelain", "-uno", "--", ":!notebooks/results")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("ARTLIB_COMMIT", "unknown")
-    return described.stdout.strip()
+    return commit + ("+" if changes else "")

@@ -1,6 +1,7 @@
 """Tables of chapters: stored by a full run, and compared with the code of today."""
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -78,3 +79,20 @@ def test_stored_numbers_that_were_changed_are_found_out(monkeypatch, tmp_path):
 def test_without_results_the_message_says_how_to_make_them():
     with pytest.raises(FileNotFoundError, match="run the chapter at full size first"):
         run(flow_of(1.0))
+
+
+def test_results_do_not_make_the_commit_look_changed(tmp_path, monkeypatch):
+    repository = tmp_path / "repository"
+    for file in ("artlib/book.py", "notebooks/results/a.json"):
+        (repository / file).parent.mkdir(parents=True, exist_ok=True)
+        (repository / file).write_text("1")
+    identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "x"]):
+        subprocess.run(["git", *command], cwd=repository, check=True)
+    monkeypatch.setattr(book, "__file__", str(repository / "artlib" / "book.py"))
+    clean = book._commit()
+    assert len(clean) == 12
+    (repository / "notebooks/results/a.json").write_text("2")
+    assert book._commit() == clean
+    (repository / "artlib/book.py").write_text("2")
+    assert book._commit() == clean + "+"
