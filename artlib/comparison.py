@@ -127,7 +127,7 @@ class Comparison:
         """
         steps, labels = self.steps(solver), self.labels(solver)
         width = max(len(label) for label in [*labels, "NFE"]) + 1
-        cell = digits + 12
+        cell = digits + 9
         lines = [
             f"{'NFE':{width}s}"
             + "".join(f"{n:>{cell}d}" for n in self.evaluations(solver))
@@ -139,7 +139,7 @@ class Comparison:
                     mean = self.mean(solver, K, label, measure)
                     spread = self.spread(solver, K, label, measure)
                     error = f"{spread:.1g}" if spread < 1 else f"{spread:.0f}"
-                    entry = f"{mean:.{digits}g} ± {error}"
+                    entry = f"{mean:.{digits}g}±{error}"
                 else:
                     entry = "-"
                 row += f"{entry:>{cell}s}"

@@ -131,7 +131,7 @@ def test_text_has_every_schedule_with_nfe_mean_and_spread(flow, noises):
         label.split()[0] for label in baselines(flow.process)
     ]
     mean = table.mean("heun", 6, "Uniform", "error")
-    assert f"{mean:.3g} ± " in lines[1]
+    assert f"{mean:.3g}±" in lines[1]
     assert Comparison.from_dict(json.loads(json.dumps(table.to_dict()))) == table
 
 
