@@ -65,6 +65,8 @@ def learn(args: argparse.Namespace) -> None:
                 device="cpu",  # small networks on a table: a GPU would wait for them
             )
             table = trainer.table
+    if team is not None:
+        team.end_training()  # what follows needs no other process
     if not main:
         return  # training needs no network, so one process is enough
     if args.method == "rl":
@@ -85,6 +87,7 @@ def show(args: argparse.Namespace) -> None:
     found = [load_schedule(name, process) for name in args.schedules]
     if args.plot:
         check_free(args.plot, args.force)
+        figure_format = _figure_format(args.plot)
     for schedule in found:
         process = schedule.process
         print(f"{schedule.name}: {process}, last step {schedule.last_step}")
@@ -102,7 +105,7 @@ def show(args: argparse.Namespace) -> None:
 
         figure = plot_steps(_labelled(args.schedules, found), args.steps[0])
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=_figure_format(args.plot), bbox_inches="tight")
+        figure.savefig(buffer, format=figure_format, bbox_inches="tight")
         write_bytes(args.plot, buffer.getvalue())
         print(f"figure written to {args.plot}")
 
@@ -169,6 +172,7 @@ def draw(args: argparse.Namespace) -> None:
 
         flow = parallel.split(source.flow, team)
         x_0 = parallel.sample(flow, x_T, grid, solver=args.solver)
+        team.end_training()
         if not team.is_main_process:
             return
     notes = {"source": source.label, "schedule": schedule.name, "solver": args.solver}

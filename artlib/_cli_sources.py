@@ -103,7 +103,8 @@ def load_source(
 
     Args:
         name: Which.
-        process: Overrides the source's own, see `parse_process`.
+        process: See `parse_process`; for a zoo network, which serves any, or a
+            denoiser that does not say its own.
         shape: Overrides the source's own.
         class_label: For a class-conditional network in diffusers format.
         condition: A safetensors file with further arguments of such a network.
@@ -113,6 +114,7 @@ def load_source(
     Raises:
         InputError: If there is no such thing, or something about it is not known.
     """
+    wanted = parse_process(process) if process else None
     conditioned = class_label is not None or condition is not None or guidance != 1
     own_shape: tuple[int, ...] | None
     if Path(name).is_dir():
@@ -125,8 +127,11 @@ def load_source(
     elif ":" in name and not name.startswith("zoo:"):
         network, own_shape = _from_module(name)
     else:
-        network, own_shape = _zoo(name.removeprefix("zoo:"))
-    known = parse_process(process) if process else getattr(network, "process", None)
+        network, own_shape = _zoo(name.removeprefix("zoo:"), wanted)
+    known = getattr(network, "process", None) or wanted
+    if wanted is not None and known != wanted:
+        # Another one would be a denoiser of noise that it was not made for.
+        raise InputError(f"--process: {name} has its own, {known}; leave --process out")
     if not isinstance(known, Process):
         raise InputError(
             f"{name}: it has no .process, so the noise it was trained under is not "
@@ -207,13 +212,13 @@ def _takes_nothing(function: Any) -> bool:
     return all(p.default is not p.empty for p in parameters)
 
 
-def _zoo(name: str) -> tuple[Any, tuple[int, ...] | None]:
+def _zoo(name: str, process: Process | None) -> tuple[Any, tuple[int, ...] | None]:
     zoo = importlib.import_module("artlib.zoo")
     load = getattr(zoo, "load", None)
     if load is None:
         raise InputError(f"{name}: no such folder, and there is no zoo")
     try:
-        network = load(name)
+        network = load(name) if process is None else load(name, process=process)
     except (KeyError, ValueError, FileNotFoundError) as error:
         raise InputError(
             f"{name}: neither a folder, nor module:name, nor a zoo network ({error})"

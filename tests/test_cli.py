@@ -97,6 +97,36 @@ def test_learn_is_the_closed_form(here: Path, capsys: Any) -> None:
     assert torch.equal(artlib.Schedule.load("p.json").grid(9), paper.grid(9))
 
 
+def test_zoo_networks_go_by_name(
+    here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def load(name: str, **options: Any) -> Any:
+        asked.append((name, options))
+        if name != "small-digits":
+            raise ValueError(f"name: no network is called {name!r}")
+        import cli_module
+
+        return cli_module.make()
+
+    monkeypatch.setattr(artlib.zoo, "load", load, raising=False)
+    command = ["learn", "small-digits", "-n", "12", "--seed", "4", "--points", "24"]
+    assert main([*command, "-o", "s.json"]) == 0
+    flow, x_T = source()
+    expected = artlib.art(flow, x_T, points=24)
+    assert torch.equal(artlib.Schedule.load("s.json").grid(9), expected.grid(9))
+    # A zoo network serves any process, so it is told which.
+    own = ["--process", "ve:0.01,30", "-o", "p.json"]
+    assert main([*command[:1], "zoo:small-digits", *command[2:], *own]) == 0
+    assert asked == [
+        ("small-digits", {}),
+        ("small-digits", {"process": artlib.VE(0.01, 30.0)}),
+    ]
+    assert main(["learn", "other", "-o", "o.json"]) == 2
+    assert "no network is called 'other'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("budget", [40, 60, 150, 1000])
 def test_budget_is_kept(here: Path, budget: int, capsys: Any) -> None:
     command = ["learn", "cli_module:make", "-n", "8", "--budget", str(budget)]
@@ -254,6 +284,7 @@ REFUSED = [
         "pass --shape",
     ),
     ([*LEARN, "-o", "o.json", "--process", "ve:30,0.01"], "--process: cannot read"),
+    ([*LEARN, "-o", "o.json", "--process", "ve:0.1,30"], "has its own, VE"),
     ([*LEARN, "-o", "o.json", "--process", "edm"], "write ve:SIGMA_MIN"),
     ([*LEARN, "-o", "none/o.json"], "there is no folder none"),
     ([*LEARN, "-o", "taken.json"], "exists already; pass --force"),
@@ -262,6 +293,7 @@ REFUSED = [
     ([*LEARN, "-o", "o.json", "--class-label", "3"], "go with a diffusers folder"),
     (["learn", "cli_module:broken", "-o", "o.json"], "NaN"),
     (["learn", ".", "-o", "o.json"], "no model_index.json"),
+    (["show", "ve.json", "--plot", "f.txt"], "--plot: expected a .png"),
     (["show", "none.json"], "none.json: there is no such file"),
     (["show", "cli_module.py"], "cli_module.py"),
     (["show", "taken.json"], "taken.json"),
