@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from parallel_run import compute
+from parallel_run import compute, make
 
 import artlib
 from artlib import parallel
@@ -57,6 +57,13 @@ def test_two_processes_find_the_schedule_of_one(tmp_path: Path) -> None:
                 rtol=1e-6,
                 atol=1e-9,
             )
+    # The command line, run by the same two processes; one of them wrote the file.
+    learned = artlib.Schedule.load(tmp_path / "learned.json")
+    rng = torch.Generator().manual_seed(0)
+    x_T = 30.0 * torch.randn(9, 3, generator=rng, dtype=torch.float64)
+    flow = artlib.ProbabilityFlow(make.process, make)
+    expected = artlib.art(flow, x_T, points=24).grid(10)
+    torch.testing.assert_close(learned.grid(10), expected, rtol=1e-6, atol=0)
 
 
 class Team:

@@ -1,0 +1,293 @@
+"""What the commands of `artlib.cli` do; each returns nothing or raises."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ._cli_sources import (
+    InputError,
+    Source,
+    check_free,
+    load_schedule,
+    load_source,
+    parse_process,
+)
+from ._files import write_bytes
+from .actor_critic import ActorCritic
+from .control import StiffnessTable, stiffness_table
+from .flow import ProbabilityFlow
+from .metrics import terminal_error
+from .schedules import Schedule, edm, log_snr
+from .solvers import nfe, sample
+
+CHECKS = 12
+"""Evaluations set aside for the check of forward mode."""
+
+
+def learn(args: argparse.Namespace) -> None:
+    """Learn a schedule and write it."""
+    team = _team(args.device)
+    main = team is None or team.is_main_process
+    check_free(args.output, args.force)
+    source = _source(args, team)
+    x_T = source.noise(args.samples, args.seed)
+    points, method, total = _plan(args.points, args.budget)
+    flow = source.flow
+    if team is not None:
+        from .parallel import split
+
+        flow = split(flow, team)
+    bar = tqdm(total=total, desc="paths", unit="NFE", disable=_hidden(args, main))
+    with bar:
+        flow = flow.with_denoiser(_Watched(flow.denoiser, bar))
+        if args.method == "closed":
+            table = stiffness_table(flow, x_T, points=points, method=method)
+            schedule = table.art(args.average, provenance={"source": source.label})
+        else:
+            trainer = ActorCritic(
+                flow,
+                x_T,
+                steps=args.steps,
+                temperature=args.temperature,
+                seed=args.seed,
+                points=points,
+                method=method,
+                device="cpu",  # small networks on a table: a GPU would wait for them
+            )
+            table = trainer.table
+    if team is not None:
+        team.end_training()  # what follows needs no other process
+    if not main:
+        return  # training needs no network, so one process is enough
+    if args.method == "rl":
+        for _ in trainer.train(
+            args.iterations,
+            checkpoint=args.checkpoint,
+            progress=not _hidden(args, main),
+        ):
+            pass
+        schedule = trainer.distill()
+    schedule.save(args.output)
+    _report(table, schedule, args.output)
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print grids as a table, and draw them if asked."""
+    process = parse_process(args.process) if args.process else None
+    found = [load_schedule(name, process) for name in args.schedules]
+    if args.plot:
+        check_free(args.plot, args.force)
+        figure_format = _figure_format(args.plot)
+    for schedule in found:
+        process = schedule.process
+        print(f"{schedule.name}: {process}, last step {schedule.last_step}")
+        for K in args.steps:
+            grid = schedule.grid(K)
+            level = process.noise_level(grid)
+            print(f"  {K} steps\n{'k':>6} {'t':>12} {'sigma/alpha':>12} {'step':>12}")
+            for k in range(K + 1):
+                step = f"{float(grid[k] - grid[k + 1]):12.6g}" if k < K else ""
+                print(f"{k:6d} {float(grid[k]):12.6g} {float(level[k]):12.6g} {step}")
+    if args.plot:
+        import io
+
+        from .plotting import plot_steps
+
+        figure = plot_steps(_labelled(args.schedules, found), args.steps[0])
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=figure_format, bbox_inches="tight")
+        write_bytes(args.plot, buffer.getvalue())
+        print(f"figure written to {args.plot}")
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Print the error of several schedules against NFE, on one flow."""
+    source = _source(args, None)
+    process = source.flow.process
+    found = _labelled(
+        args.schedules, [load_schedule(name, process) for name in args.schedules]
+    )
+    for name, schedule in found.items():
+        if schedule.process != process:
+            raise InputError(
+                f"{name}: made for {schedule.process}, but {source.label} runs under "
+                f"{process}; learn it for this source"
+            )
+    noises = [source.noise(args.samples, args.seed + k) for k in range(args.seeds)]
+    counts = [nfe(edm(process).grid(K), solver=args.solver) for K in args.steps]
+    jobs = args.seeds * (len(found) * sum(counts) + 1)
+    with tqdm(total=jobs, desc="compare", unit="NFE", disable=_hidden(args)) as bar:
+        references = []
+        for x_T in noises:
+            references.append(_reference(source.flow, x_T))
+            bar.update()
+        flow = source.flow.with_denoiser(_Watched(source.flow.denoiser, bar))
+        rows = {
+            name: [
+                [
+                    terminal_error(
+                        sample(flow, x, schedule.grid(K), solver=args.solver), exact
+                    )
+                    for x, exact in zip(noises, references, strict=True)
+                ]
+                for K in args.steps
+            ]
+            for name, schedule in found.items()
+        }
+    width = max(10, *(len(name) for name in found))
+    print(
+        f"root-mean-square error against the exact flow of {source.label}, "
+        f"{args.solver}, {args.samples} samples, {args.seeds} seeds from {args.seed}, "
+        "the same noise for all"
+    )
+    print(f"{'NFE':{width}}" + "".join(f"{count:>20d}" for count in counts))
+    for name, cells in rows.items():
+        print(f"{name:{width}}" + "".join(f"{_mean_and_spread(c):>20}" for c in cells))
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Sample and write the samples."""
+    from safetensors.torch import save
+
+    team = _team(args.device)
+    check_free(args.output, args.force)
+    source = _source(args, team)
+    schedule = load_schedule(args.schedule, source.flow.process)
+    grid = schedule.grid(args.steps)
+    x_T = source.noise(args.samples, args.seed)
+    if team is None:
+        x_0 = sample(source.flow, x_T, grid, solver=args.solver)
+    else:
+        from . import parallel
+
+        flow = parallel.split(source.flow, team)
+        x_0 = parallel.sample(flow, x_T, grid, solver=args.solver)
+        team.end_training()
+        if not team.is_main_process:
+            return
+    notes = {"source": source.label, "schedule": schedule.name, "solver": args.solver}
+    notes |= {"nfe": str(nfe(grid, solver=args.solver)), "seed": str(args.seed)}
+    content = save({"x_0": x_0.float().cpu().contiguous()}, metadata=notes)
+    write_bytes(args.output, content)
+    print(
+        f"{len(x_0)} samples of shape {list(x_0.shape[1:])}, NFE {notes['nfe']}, "
+        f"written to {args.output} as x_0"
+    )
+
+
+# Parts of the above.
+
+
+class _Watched:
+    """A denoiser that moves a progress bar; what it wraps stays visible to the flow."""
+
+    def __init__(self, denoiser: Callable[..., Tensor], bar: Any) -> None:
+        self.denoiser, self._bar = denoiser, bar
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        self._bar.update()
+        return self.denoiser(x, t)
+
+
+def _team(device: str) -> Any | None:
+    """The accelerator where several processes were launched, otherwise None."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    from accelerate import Accelerator
+
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    return Accelerator(cpu=cpu)
+
+
+def _source(args: argparse.Namespace, team: Any | None) -> Source:
+    if team is not None:
+        device = torch.device(team.device)
+    elif args.device == "auto":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        device = _device(args.device)
+    return load_source(
+        args.source,
+        process=args.process,
+        shape=args.shape,
+        class_label=args.class_label,
+        condition=args.condition,
+        guidance=args.guidance,
+        device=device,
+    )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"--device: {name!r} cannot be used here: {first}") from error
+    return device
+
+
+def _plan(points: int, budget: int | None) -> tuple[int, str, int]:
+    """Times of the table, its integrator, and the evaluations that it may take."""
+
+    def price(n: int, each: int) -> int:
+        return each * n + n + CHECKS  # the path, forward mode, and its check
+
+    if budget is None:
+        return points, "rk4", price(points, 4)
+    for each, method, least in ((4, "rk4", 32), (2, "heun", 5)):
+        affordable = min(points, (budget - CHECKS) // (each + 1))
+        if affordable >= min(points, least):
+            return affordable, method, price(affordable, each)
+    raise InputError(
+        f"--budget: {budget} evaluations are too few for a table of 5 times; give at "
+        f"least {price(5, 2)}"
+    )
+
+
+def _report(table: StiffnessTable, schedule: Schedule, path: str) -> None:
+    bound = table.lower_bound()
+    process = table.process
+    print(f"{schedule.name} written to {path}; {table.nfe} network evaluations")
+    print("cost, in units of the least possible (open loop):")
+    for entry in (schedule, edm(process, pinned=False), log_snr(process, pinned=False)):
+        print(f"  {entry.name:16} {table.cost(entry) / bound:8.3f}")
+
+
+def _reference(flow: ProbabilityFlow, x_T: Tensor) -> Tensor:
+    """The exact end of the paths, to 1e-4: dopri5, which chooses its own steps."""
+    return sample(flow, x_T, solver="dopri5", rtol=1e-5, atol=1e-5)
+
+
+def _mean_and_spread(values: list[float]) -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.4f} +- {spread:.4f}"
+
+
+def _labelled(names: list[str], found: list[Schedule]) -> dict[str, Schedule]:
+    """Schedules under the names that they were given by."""
+    return {
+        Path(name).stem if os.path.isfile(name) else name: schedule
+        for name, schedule in zip(names, found, strict=True)
+    }
+
+
+def _figure_format(path: str) -> str:
+    suffix = Path(path).suffix.lstrip(".").lower()
+    if suffix not in ("png", "svg", "pdf"):
+        raise InputError(f"--plot: expected a .png, .svg or .pdf file, got {path!r}")
+    return suffix
+
+
+def _hidden(args: argparse.Namespace, main: bool = True) -> bool:
+    return bool(args.quiet) or not main or not sys.stderr.isatty()

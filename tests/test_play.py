@@ -1,0 +1,153 @@
+"""The page to play with: its numbers, computed in a browser, are artlib's."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_browser import ARGUMENTS, CHROMIUM, HTML, PHONE, Visit, playwright
+
+import artlib
+
+PAGE = HTML / "book" / "play.html"
+SCRIPT = Path(__file__).resolve().parent.parent / "book" / "_static" / "play.js"
+SOLVERS = ("euler", "heun", "rk4", "dpmpp_2m")
+built = pytest.mark.skipif(not PAGE.exists(), reason="no built book: make book")
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def script(browser: Any) -> Any:
+    """An empty page with the script alone: no built book is needed."""
+    page = browser.new_page()
+    page.set_content("<p>empty</p>")
+    page.add_script_tag(path=str(SCRIPT))
+    return page
+
+
+def schedules(std: float, process: artlib.VE) -> dict[str, artlib.Schedule]:
+    target = artlib.Gaussian([0.0], [[std**2]])
+    flow = artlib.ProbabilityFlow(process, target.denoiser(process))
+    x_T = target.sample_prior(process, 1, seed=0).double()
+    return {
+        "art": artlib.art(flow, x_T, points=200),
+        "edm-unpinned": artlib.edm(process, pinned=False),
+        "edm": artlib.edm(process),
+        "log-snr-unpinned": artlib.log_snr(process, pinned=False),
+        "kl-optimal": artlib.kl_optimal(process),
+        "uniform": artlib.uniform(process),
+    }
+
+
+@pytest.mark.parametrize(
+    ("std", "low", "high"), [(0.5, 0.002, 80.0), (0.05, 0.001, 10.0), (4.0, 0.1, 150.0)]
+)
+def test_grids_and_errors_are_artlibs(
+    script: Any, std: float, low: float, high: float
+) -> None:
+    process = artlib.VE(low, high)
+    expected = schedules(std, process)
+    for K in (1, 2, 3, 8, 25):
+        found = script.evaluate(
+            """([c, low, high, K, solvers]) => artPlay.SCHEDULES.map(s => {
+                const grid = s.grid({ c, low, high, K });
+                return [s.key, grid, solvers.map(v => artPlay.error(grid, c, v))];
+            })""",
+            [std, low, high, K, SOLVERS],
+        )
+        assert [key for key, *_ in found] == list(expected)
+        for key, grid, errors in found:
+            nodes = torch.tensor(grid, dtype=torch.float64)
+            # artlib tabulates |Q| on 200 times, the page has its formula.
+            tolerance = 1e-3 if key == "art" else 1e-9
+            torch.testing.assert_close(
+                nodes, expected[key].grid(K), rtol=tolerance, atol=0, msg=f"{key} {K}"
+            )
+            for solver, error in zip(SOLVERS, errors, strict=True):
+                exact = artlib.gaussian_w2(process, [std**2], nodes, solver=solver)
+                assert error == pytest.approx(float(exact), rel=1e-6, abs=1e-11)
+
+
+def test_nfe_is_artlibs(script: Any) -> None:
+    for solver in SOLVERS:
+        for K in (1, 2, 9):
+            found = script.evaluate("([K, s]) => artPlay.nfe(K, s)", [K, solver])
+            grid = artlib.uniform(artlib.VE()).grid(K)
+            assert found == artlib.nfe(grid, solver=solver)
+
+
+@built
+def test_controls_change_what_is_shown(browser: Any) -> None:
+    with Visit(browser, PAGE.as_uri(), viewport=PHONE) as visit:
+        page = visit.page
+
+        def table() -> dict[str, str]:
+            rows = page.query_selector_all("#art-play tbody tr")
+            return {
+                row.get_attribute("data-schedule"): row.inner_text() for row in rows
+            }
+
+        def ticks() -> int:
+            return len(page.query_selector_all(".art-steps line[stroke]"))
+
+        assert len(table()) == 6
+        assert sum("(least)" in text for text in table().values()) == 1
+        before, lines = table(), ticks()
+        page.fill("#art-play [name=steps]", "16")
+        assert page.inner_text("[data-of=steps]") == "16"
+        assert ticks() == lines + 6 * 8  # eight more nodes for each of six schedules
+        assert table() != before
+        page.select_option("#art-play [name=solver]", "heun")
+        assert page.inner_text("[data-of=nfe]") == "31"
+        std = page.evaluate("artPlay.state(document.getElementById('art-play')).c")
+        state = page.evaluate("artPlay.state(document.getElementById('art-play'))")
+        process = artlib.VE(state["low"], state["high"])
+        grid = artlib.edm(process).grid(16)
+        exact = float(artlib.gaussian_w2(process, [std**2], grid, solver="heun"))
+        shown = float(table()["edm"].split("\t")[1])
+        assert shown == pytest.approx(exact, rel=6e-2 if exact < 1e-3 else 6e-3)
+        # Nothing in the pictures leaves them, on a phone too.
+        outside = page.evaluate(
+            """() => [...document.querySelectorAll("#art-play svg")].flatMap(svg => {
+                const box = svg.getBoundingClientRect();
+                return [...svg.querySelectorAll("text, line, circle")].filter(node => {
+                    const b = node.getBoundingClientRect();
+                    return b.left < box.left - 1 || b.right > box.right + 1 ||
+                        b.top < box.top - 1 || b.bottom > box.bottom + 1;
+                }).map(node => node.outerHTML);
+            })"""
+        )
+        assert outside == []
+        assert visit.faults == []
+
+
+@built
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_in_the_pictures_can_be_read(browser: Any, scheme: str) -> None:
+    with Visit(browser, PAGE.as_uri(), color_scheme=scheme) as visit:
+        ink, panel = visit.page.evaluate(
+            """() => [
+                getComputedStyle(document.querySelector(".art-steps text")).fill,
+                getComputedStyle(document.querySelector(".art-steps")).backgroundColor,
+            ]"""
+        )
+        dark, light = (
+            sum(map(float, colour.strip("rgb()").split(","))) / 765
+            for colour in (ink, panel)
+        )
+        assert light - dark > 0.5
+        size = visit.page.evaluate(
+            """() => parseFloat(getComputedStyle(
+                document.querySelector(".art-steps text")).fontSize)"""
+        )
+        assert size >= 12
