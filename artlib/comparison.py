@@ -125,26 +125,25 @@ class Comparison:
             measure: Which number.
             digits: Significant digits of the mean.
         """
-        steps, labels = self.steps(solver), self.labels(solver)
-        width = max(len(label) for label in [*labels, "NFE"]) + 1
-        cell = digits + 9
-        lines = [
-            f"{'NFE':{width}s}"
-            + "".join(f"{n:>{cell}d}" for n in self.evaluations(solver))
-        ]
-        for label in labels:
-            row = f"{label:{width}s}"
+        steps = self.steps(solver)
+        rows = [["NFE", *map(str, self.evaluations(solver))]]
+        for label in self.labels(solver):
+            row = [label]
             for K in steps:
-                if label in self.cells[f"{solver} {K}"]:
-                    mean = self.mean(solver, K, label, measure)
-                    spread = self.spread(solver, K, label, measure)
-                    error = f"{spread:.1g}" if spread < 1 else f"{spread:.0f}"
-                    entry = f"{mean:.{digits}g}±{error}"
-                else:
-                    entry = "-"
-                row += f"{entry:>{cell}s}"
-            lines.append(row)
-        return "\n".join(lines)
+                if label not in self.cells[f"{solver} {K}"]:
+                    row.append("-")
+                    continue
+                mean = self.mean(solver, K, label, measure)
+                spread = self.spread(solver, K, label, measure)
+                error = f"{spread:.1g}" if spread < 1 else f"{spread:.0f}"
+                row.append(f"{mean:.{digits}g}±{error}")
+            rows.append(row)
+        widths = [max(map(len, column)) + 1 for column in zip(*rows, strict=True)]
+        return "\n".join(
+            row[0].ljust(widths[0])
+            + "".join(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))
+            for row in rows
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, read back by `from_dict`."""
