@@ -19,7 +19,14 @@ from types import ModuleType
 from ._path_derivative import ForwardModeWarning
 from ._reference_path import Trajectory
 from .actor_critic import ActorCritic, TrainingRecord
-from .control import StiffnessTable, art, cost, lower_bound, stiffness_table
+from .control import (
+    StiffnessTable,
+    art,
+    cost,
+    error_table,
+    lower_bound,
+    stiffness_table,
+)
 from .denoisers import (
     CountNFE,
     from_edm,
@@ -86,6 +93,7 @@ __all__ = [
     "beta",
     "cost",
     "edm",
+    "error_table",
     "frechet_distance",
     "from_density",
     "from_edm",
