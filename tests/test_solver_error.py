@@ -195,9 +195,7 @@ def test_error_of_a_step_is_what_the_table_says() -> None:
     for t in (5.0, 1.0, 0.4, 0.15):
         k = int((times - t).abs().argmin())
         middle, h = float(times[k]), 0.02 * t
-        x = problem.exact(
-            problem.x_T, 80.0, middle + h / 2
-        )
+        x = problem.exact(problem.x_T, 80.0, middle + h / 2)
         found = artlib.sample(flow, x, [middle + h / 2, middle - h / 2], solver="heun")
         left = found - problem.exact(x, middle + h / 2, middle - h / 2)
         expected = table.fine_values[:, k] * h**3
