@@ -45,6 +45,7 @@ from .metrics import (
     wasserstein2_gaussian,
 )
 from .processes import VE, VP, Process, RectifiedFlow
+from .refine import refine
 from .schedules import (
     Schedule,
     ScheduleFormatError,
@@ -110,6 +111,7 @@ __all__ = [
     "lower_bound",
     "nfe",
     "oracle_grid",
+    "refine",
     "sample",
     "sliced_wasserstein2",
     "stiffness_table",
