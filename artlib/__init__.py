@@ -16,9 +16,16 @@ has K + 1 nodes.
 from importlib import import_module
 from types import ModuleType
 
+from ._actor_clock import ActorClock
 from ._path_derivative import ForwardModeWarning
 from ._reference_path import Trajectory
 from .actor_critic import ActorCritic, TrainingRecord
+from .clocks import (
+    Clock,
+    ExactClock,
+    PredictedClock,
+    value_of_information,
+)
 from .control import (
     StiffnessTable,
     art,
@@ -59,6 +66,7 @@ from .schedules import (
     uniform,
 )
 from .solvers import nfe, sample
+from .stochastic import gaussian_stochastic_std, sample_stochastic
 from .targets import Empirical, Gaussian, GaussianMixture
 
 __version__ = "0.1.0"
@@ -76,12 +84,16 @@ def __getattr__(name: str) -> ModuleType:
 __all__ = [
     "VE",
     "VP",
+    "ActorClock",
     "ActorCritic",
+    "Clock",
     "CountNFE",
     "Empirical",
+    "ExactClock",
     "ForwardModeWarning",
     "Gaussian",
     "GaussianMixture",
+    "PredictedClock",
     "ProbabilityFlow",
     "Process",
     "RectifiedFlow",
@@ -105,6 +117,7 @@ __all__ = [
     "from_velocity",
     "from_x0",
     "gaussian_output_std",
+    "gaussian_stochastic_std",
     "gaussian_w2",
     "kl_optimal",
     "log_snr",
@@ -113,10 +126,12 @@ __all__ = [
     "oracle_grid",
     "refine",
     "sample",
+    "sample_stochastic",
     "sliced_wasserstein2",
     "stiffness_table",
     "terminal_error",
     "uniform",
+    "value_of_information",
     "wasserstein2",
     "wasserstein2_gaussian",
 ]

@@ -99,7 +99,7 @@ def refine(
             "check the denoiser, or start from another schedule"
         )
     best = _Best(start, before)
-    logits = _to_logits(flow.process, start)
+    logits = _to_logits(flow.process, _free(schedule, problem, start))
     objective = problem.objective(logits)
     bar = tqdm(total=iterations, desc="refine", unit="it", disable=not progress)
 
@@ -131,6 +131,17 @@ def refine(
     }
     name = f"{schedule.name} refined"
     return from_grid(flow.process, best.nodes, name=name, provenance=notes)
+
+
+def _free(schedule: Schedule, problem: _Problem, start: Tensor) -> Tensor:
+    """The start, or its unpinned variant where that is better.
+
+    From a node at t_min no gradient leads back: the gap behind it is nothing.
+    """
+    clock = torch.linspace(0, schedule.horizon, len(start), dtype=torch.float64)
+    unpinned = schedule.time(clock)
+    unpinned[-1] = 0.0
+    return min((start, unpinned), key=problem.value)
 
 
 @dataclass
