@@ -119,7 +119,7 @@ def test_many_steps_give_the_data(process: Process, options: Any) -> None:
         alpha, sigma = process.alpha(grid[-1]), process.sigma(grid[-1])
         return float((std - torch.sqrt(alpha**2 * SPECTRUM + sigma**2)).norm())
 
-    # At least first order: an ancestral step errs by h, not by h squared.
+    # At least first order, in the standard deviations.
     assert gap(400) < 0.6 * gap(200) < 0.6 * 0.6 * gap(100) < 0.1
 
 
