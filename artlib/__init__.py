@@ -16,13 +16,27 @@ has K + 1 nodes.
 from importlib import import_module
 from types import ModuleType
 
+from ._actor_clock import ActorClock
 from ._convert import convert
 from ._feature_metrics import class_score, feature_distance, kernel_distance
 from ._path_derivative import ForwardModeWarning
 from ._reference_path import Trajectory
 from .actor_critic import ActorCritic, TrainingRecord
+from .clocks import (
+    Clock,
+    ExactClock,
+    PredictedClock,
+    value_of_information,
+)
 from .comparison import Comparison, baselines, compare, nfe_to_quality, references
-from .control import StiffnessTable, art, cost, lower_bound, stiffness_table
+from .control import (
+    StiffnessTable,
+    art,
+    cost,
+    error_table,
+    lower_bound,
+    stiffness_table,
+)
 from .denoisers import (
     CountNFE,
     from_edm,
@@ -41,6 +55,7 @@ from .metrics import (
     wasserstein2_gaussian,
 )
 from .processes import VE, VP, Process, RectifiedFlow
+from .refine import refine
 from .schedules import (
     ExportError,
     Schedule,
@@ -55,6 +70,7 @@ from .schedules import (
     uniform,
 )
 from .solvers import nfe, sample
+from .stochastic import gaussian_stochastic_std, sample_stochastic
 from .targets import Empirical, Gaussian, GaussianMixture
 
 __version__ = "0.1.0"
@@ -72,14 +88,18 @@ def __getattr__(name: str) -> ModuleType:
 __all__ = [
     "VE",
     "VP",
+    "ActorClock",
     "ActorCritic",
+    "Clock",
     "Comparison",
     "CountNFE",
     "Empirical",
+    "ExactClock",
     "ExportError",
     "ForwardModeWarning",
     "Gaussian",
     "GaussianMixture",
+    "PredictedClock",
     "ProbabilityFlow",
     "Process",
     "RectifiedFlow",
@@ -96,6 +116,7 @@ __all__ = [
     "convert",
     "cost",
     "edm",
+    "error_table",
     "feature_distance",
     "frechet_distance",
     "from_density",
@@ -107,6 +128,7 @@ __all__ = [
     "from_velocity",
     "from_x0",
     "gaussian_output_std",
+    "gaussian_stochastic_std",
     "gaussian_w2",
     "kernel_distance",
     "kl_optimal",
@@ -116,11 +138,14 @@ __all__ = [
     "nfe_to_quality",
     "oracle_grid",
     "references",
+    "refine",
     "sample",
+    "sample_stochastic",
     "sliced_wasserstein2",
     "stiffness_table",
     "terminal_error",
     "uniform",
+    "value_of_information",
     "wasserstein2",
     "wasserstein2_gaussian",
 ]

@@ -2,6 +2,15 @@ r"""|Q| along reference trajectories, and the closed form that follows from it.
 
 The mathematics is in `artlib.control`. Integrals over time are trapezoids on a fine
 grid, even in the log noise level, on which |Q| of every trajectory is interpolated.
+
+A table of **order** p (`artlib.error_table`) holds the coefficient of a solver's own
+local error :math:`|Q_p| h^{p+1}` instead; everything below is for general p, and p = 1
+with :math:`|Q|` is the paper's. By Hoelder's inequality
+
+.. math::
+    C = E\int |Q_p|\,\theta^{p}\,d\psi
+      \ge \frac{1}{T^p}\Bigl(\int (E|Q_p|)^{1/(p+1)}\,d\psi\Bigr)^{p+1},
+    \qquad \text{density} \propto (E|Q_p|)^{1/(p+1)} .
 """
 
 from __future__ import annotations
@@ -15,7 +24,7 @@ import torch
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
-from ._checks import require_finite
+from ._checks import positive_int, require_finite
 from ._log_level import log_level, table_times
 from ._types import TimeLike
 from .processes import Process, as_time
@@ -52,7 +61,9 @@ class StiffnessTable:
         times: Process times [n], descending from t_max to t_min, float64.
         values: |Q| per trajectory and time [N, n], float64, >= 0.
         nfe: Network evaluations (batched calls) spent on the table.
-        acceleration: The method that gave it, ``"jvp"`` or ``"difference"``.
+        acceleration: The method that gave it, ``"jvp"``, ``"difference"`` or, for a
+            solver's own error, ``"step doubling"``.
+        order: p, the order of the solver whose error it is; 1 for |Q| itself.
 
     Raises:
         ValueError: If shapes do not fit or a value is negative or not finite.
@@ -63,9 +74,11 @@ class StiffnessTable:
     values: Tensor
     nfe: int = 0
     acceleration: str = "given"
+    order: int = 1
 
     def __post_init__(self) -> None:
         n = self.times.numel()
+        positive_int(self.order, "order")
         if self.times.ndim != 1 or n < 2 or self.values.shape[1:] != (n,):
             raise ValueError(
                 "StiffnessTable: expected times [n] and values [N, n] with n >= 2, got "
@@ -122,21 +135,21 @@ class StiffnessTable:
         return self.fine_values.mean(0)
 
     def cost(self, schedule: Schedule) -> float:
-        r"""Cost :math:`C = E\int |Q|\,\theta^2\, ds` of a schedule, >= 0.
+        r"""Cost :math:`C = E\int |Q_p|\,\theta^{p+1}\, ds` of a schedule, >= 0.
 
         Args:
             schedule: Any schedule of the same process; a pinned one is judged by its
                 continuous clock down to t_min (its last step is not in C).
 
         Returns:
-            C in units of x, [length]; compare with `lower_bound`.
+            C in units of x, [length], for p = 1; compare with `lower_bound`.
 
         Raises:
             ValueError: If the schedule belongs to another process.
         """
         check_process(schedule, self.process)
         speed = schedule.speed(schedule.clock(self.fine_times))
-        return float(self._integral(self.fine_mean * speed))
+        return float(self._integral(self.fine_mean * speed**self.order))
 
     def lower_bound(self, clock: Clock = "open_loop") -> float:
         r"""Cauchy-Schwarz bound on `cost`.
@@ -144,23 +157,25 @@ class StiffnessTable:
         Args:
             clock: ``"open_loop"``: :math:`(\int\sqrt{E|Q|}\,d\psi)^2 / T`, attained by
                 `art`; ``"feedback"``: :math:`E(\int\sqrt{|Q|}\,d\psi)^2 / T`, what a
-                clock per sample could reach.
+                clock per sample could reach (both for p = 1; see the module).
 
         Raises:
             ValueError: If ``clock`` is neither.
         """
+        power = self.order + 1
         if clock == "open_loop":
-            return float(self._integral(self.fine_mean.sqrt()) ** 2) / self.span
+            length = self._integral(self.fine_mean ** (1 / power))
+            return float(length**power) / self.span**self.order
         if clock == "feedback":
-            lengths = self._integral(self.fine_values.sqrt())
-            return float((lengths**2).mean()) / self.span
+            lengths = self._integral(self.fine_values ** (1 / power))
+            return float((lengths**power).mean()) / self.span**self.order
         raise ValueError(f"clock: expected 'open_loop' or 'feedback', got {clock!r}")
 
     def art(
         self,
         average: Average = "open_loop",
         *,
-        exponent: float = 0.5,
+        exponent: float | None = None,
         provenance: dict[str, Any] | None = None,
     ) -> Schedule:
         r"""The closed-form schedule.
@@ -170,13 +185,15 @@ class StiffnessTable:
                 schedules that depend on time alone; ``"paper"``, the mean over
                 trajectories of the feedback clocks, as the paper distils, each |Q|
                 kept above `PATH_FLOOR` times the mean (ours).
-            exponent: Power of |Q| in the density. 1/2 is the optimum; others are
-                there to show that they are not.
+            exponent: Power of |Q| in the density; by default the optimum, 1/(p+1).
+                Others are there to show that they are not.
             provenance: Stored with the schedule beside what is known here.
 
         Raises:
             ValueError: If ``average`` is neither, or ``exponent`` is not positive.
         """
+        if exponent is None:
+            exponent = 1 / (self.order + 1)
         if not exponent > 0:
             raise ValueError(f"exponent: expected > 0, got {exponent}")
         notes = {
@@ -187,6 +204,7 @@ class StiffnessTable:
             "points": self.times.numel(),
             "nfe": self.nfe,
             "acceleration": self.acceleration,
+            **({} if self.order == 1 else {"order": self.order}),
             **(provenance or {}),
         }
         if average == "open_loop":
@@ -214,6 +232,9 @@ class StiffnessTable:
     def value(self, clock: TimeLike, t: TimeLike) -> Tensor:
         r"""Value function :math:`V = -G^2 / (T - s)` of the mean problem, eq. (10).
 
+        For order p it is :math:`-G^{p+1} / (T - s)^p` with
+        :math:`G = \int_\psi^T (E|Q_p|)^{1/(p+1)}`.
+
         Args:
             clock: Clock s in [0, T).
             t: Process time in [t_min, t_max]; broadcasts against ``clock``.
@@ -221,13 +242,15 @@ class StiffnessTable:
         Returns:
             V <= 0; minus the cost still to come on the optimal clock.
         """
-        length = self.cumulative(self.fine_mean.sqrt()[None])[0]
+        power = self.order + 1
+        length = self.cumulative(self.fine_mean[None] ** (1 / power))[0]
         to_go = np.interp(
             np.log(as_time(t).detach().cpu().numpy()),
             self.fine_times.log().numpy()[::-1],
             (length[-1] - length).numpy()[::-1],
         )
-        return -(torch.as_tensor(to_go) ** 2) / (self.span - as_time(clock).cpu())
+        left = self.span - as_time(clock).cpu()
+        return -(torch.as_tensor(to_go) ** power) / left**self.order
 
     def cumulative(self, integrand: Tensor) -> Tensor:
         """Trapezoids of rows [N, FINE] from t_max down, starting at 0."""

@@ -21,17 +21,29 @@ The clock runs over T = t_max - t_min, the range on which a schedule is learned.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from ._checks import check_samples, positive_int
 from ._log_level import table_times
 from ._reference_path import Trajectory
+from ._solver_error import Step
 from ._stiffness import Average, Clock, StiffnessTable, check_process
+from ._terminal import Weight, measure_errors
+from ._types import SeedLike
 from .denoisers import CountNFE
 from .flow import ProbabilityFlow
 from .schedules import Schedule
 
-__all__ = ["StiffnessTable", "art", "cost", "lower_bound", "stiffness_table"]
+__all__ = [
+    "StiffnessTable",
+    "art",
+    "cost",
+    "error_table",
+    "lower_bound",
+    "stiffness_table",
+]
 
 
 def stiffness_table(
@@ -83,13 +95,7 @@ def stiffness_path(
     Raises:
         ValueError: As there.
     """
-    if not isinstance(flow, ProbabilityFlow):
-        raise TypeError(
-            f"flow: expected a ProbabilityFlow, got {type(flow).__name__}; wrap a "
-            "denoiser as ProbabilityFlow(process, denoiser)"
-        )
-    x_T = check_samples(x_T)
-    points = positive_int(points, "points", minimum=5)
+    x_T, points = _checked(flow, x_T, points)
     counter = CountNFE(flow.denoiser)
     counted = flow.with_denoiser(counter)
     times = table_times(flow.process, points)
@@ -107,23 +113,42 @@ def art(
     x_T: Tensor,
     *,
     average: Average = "open_loop",
+    solver: str | Step | None = None,
+    order: int | None = None,
+    weight: Weight = "local",
     points: int = 64,
     method: str = "rk4",
+    probes: int = 8,
+    seed: SeedLike = 0,
 ) -> Schedule:
     r"""The closed-form ART schedule of a flow.
+
+    By default the paper's problem, in which a step leaves :math:`|Q| h^2`. With a
+    ``solver`` it is that solver's own error :math:`|Q_p| h^{p+1}`, and the density is
+    :math:`|Q_p|^{1/(p+1)}`; with a ``weight`` each error counts by what of it arrives
+    at the end (both ours, see `error_table`). These densities are optimal as K grows,
+    not at two or three steps: for those see `artlib.refine`.
 
     Args:
         flow: The flow.
         x_T: States at ``t_max`` [N, *shape].
         average: See `StiffnessTable.art`.
+        solver: The solver to match, see `error_table`; None for |Q| itself.
+        order: See `error_table`.
+        weight: See `error_table`; other than ``"local"`` it implies
+            ``solver="euler"`` where none is given.
         points: Times of the stiffness table.
         method: Integrator of the reference paths, see `stiffness_table`.
+        probes: See `error_table`.
+        seed: See `error_table`.
 
     Returns:
         A `Schedule`; ``.grid(K)`` gives its timesteps for any K.
 
     Raises:
+        TypeError: If ``solver`` is neither a name nor a step.
         ValueError: If an argument is out of range or the denoiser returns NaN.
+        RuntimeError: With a weight, if the denoiser passes no gradient on.
 
     Example:
         >>> import artlib
@@ -136,7 +161,95 @@ def art(
     """
     if average not in ("open_loop", "paper"):
         raise ValueError(f"average: expected 'open_loop' or 'paper', got {average!r}")
-    return stiffness_table(flow, x_T, points=points, method=method).art(average)
+    if solver is None and weight == "local":
+        if order is not None:
+            raise ValueError(f"order: got {order} without a solver; pass solver=...")
+        return stiffness_table(flow, x_T, points=points, method=method).art(average)
+    table = error_table(
+        flow,
+        x_T,
+        solver="euler" if solver is None else solver,
+        order=order,
+        weight=weight,
+        points=points,
+        method=method,
+        probes=probes,
+        seed=seed,
+    )
+    label = solver if isinstance(solver, str) else solver and "own step"
+    kind = ", ".join(str(w) for w in (label, weight != "local" and weight) if w)
+    notes = {"solver": label or "euler", "weight": weight}
+    schedule = table.art(average, provenance=notes)
+    return replace(schedule, name=f"{schedule.name} ({kind})")
+
+
+def error_table(
+    flow: ProbabilityFlow,
+    x_T: Tensor,
+    *,
+    solver: str | Step = "euler",
+    order: int | None = None,
+    weight: Weight = "local",
+    points: int = 64,
+    method: str = "rk4",
+    probes: int = 8,
+    seed: SeedLike = 0,
+) -> StiffnessTable:
+    r"""A solver's own error per step, :math:`|Q_p| h^{p+1}`, along reference paths.
+
+    Measured by step doubling; for Euler :math:`|Q_1| = |Q|/2`. Ours, not the paper's.
+
+    Args:
+        flow: The flow.
+        x_T: States at ``t_max`` [N, *shape].
+        solver: ``"euler"``, ``"heun"``, ``"rk4"``, ``"dpmpp_2m"`` (at equal steps in
+            log-SNR), or any one-step solver as a callable ``step(flow, x, t, s)`` that
+            takes states x [N, *shape] from process time t to s < t (0-d float64
+            tensors) and returns them.
+        order: p of a callable; by default it is measured.
+        weight: ``"local"``: the error where it is made. ``"terminal"``: its size at
+            t_min, :math:`|J Q_p|` with J the Jacobian of the flow from there to t_min.
+            ``"dual"``: its part along the error that actually arrives,
+            :math:`|\langle J^T \hat e, Q_p\rangle|`, with :math:`\hat e` each sample's
+            direction of the error of a run of 20 steps on the local schedule.
+        points: Times of the table, evenly spaced in the log noise level.
+        method: Integrator of the reference paths, see `stiffness_table`.
+        probes: Random directions per sample for ``"terminal"``; exact from the number
+            of dimensions on. Unused otherwise.
+        seed: Of the probes.
+
+    Returns:
+        A `StiffnessTable` of order p.
+
+    Raises:
+        TypeError: If ``flow`` is no flow, or ``solver`` neither a name nor a callable
+            of four arguments that returns a tensor.
+        ValueError: If an argument is out of its range, a value is not finite, or the
+            order cannot be measured.
+        RuntimeError: With a weight, if the denoiser passes no gradient on (it runs
+            under ``torch.no_grad`` or ``torch.inference_mode``).
+    """
+    x_T, points = _checked(flow, x_T, points)
+    counter = CountNFE(flow.denoiser)
+    values, p = measure_errors(
+        flow.with_denoiser(counter),
+        x_T,
+        table_times(flow.process, points),
+        solver=solver,
+        order=order,
+        weight=weight,
+        method=method,
+        probes=positive_int(probes, "probes"),
+        seed=seed,
+    )
+    return StiffnessTable(
+        flow.process,
+        table_times(flow.process, points),
+        values.cpu(),
+        nfe=counter.nfe,
+        acceleration="step doubling",
+        order=p,
+    )
 
 
 def cost(
@@ -174,3 +287,12 @@ def lower_bound(
     if clock not in ("open_loop", "feedback"):
         raise ValueError(f"clock: expected 'open_loop' or 'feedback', got {clock!r}")
     return stiffness_table(flow, x_T, points=points).lower_bound(clock)
+
+
+def _checked(flow: ProbabilityFlow, x_T: Tensor, points: int) -> tuple[Tensor, int]:
+    if not isinstance(flow, ProbabilityFlow):
+        raise TypeError(
+            f"flow: expected a ProbabilityFlow, got {type(flow).__name__}; wrap a "
+            "denoiser as ProbabilityFlow(process, denoiser)"
+        )
+    return check_samples(x_T), positive_int(points, "points", minimum=5)

@@ -36,6 +36,7 @@ from ._integrators import (
     integrate,
     integrate_adaptive,
 )
+from .clocks import Clock, integrate_with
 from .flow import ProbabilityFlow
 
 __all__ = ["SOLVERS", "GridLike", "Solver", "StepCallback", "nfe", "sample"]
@@ -49,6 +50,7 @@ def sample(
     x_T: Tensor,
     grid: GridLike | None = None,
     *,
+    clock: Clock | None = None,
     solver: str = "euler",
     rtol: float = 1e-6,
     atol: float = 1e-6,
@@ -65,6 +67,8 @@ def sample(
         grid: K + 1 strictly descending times, the first at most ``t_max``, the last
             0 or above; ``schedule.grid(K)`` gives one. Not for ``dopri5``, which
             runs from ``t_max`` to ``t_min`` and from there by one Euler step to 0.
+        clock: Instead of a grid: each sample's own times, see `artlib.clocks`; with
+            ``"euler"`` or ``"heun"``. The callback then gets the mean time.
         solver: A key of `SOLVERS`.
         rtol: Relative tolerance of ``dopri5``; no other solver uses it.
         atol: Absolute tolerance of ``dopri5``, in units of the state.
@@ -79,10 +83,12 @@ def sample(
         many small steps still holds. ``dopri5`` returns float64 always.
 
     Raises:
-        TypeError: If ``flow`` is no flow, or ``x_T`` or ``grid`` of the wrong type.
+        TypeError: If ``flow`` is no flow, or ``x_T``, ``grid`` or ``clock`` of the
+            wrong type.
         ValueError: If ``solver`` is unknown, an argument is out of its range or not
             finite, the denoiser changes the shape of its input, or the state became
-            NaN or infinite on the way (the message says at which step).
+            NaN or infinite on the way (the message says at which step), or a clock
+            stalls, runs past the end or does not arrive.
         RuntimeError: If ``dopri5`` cannot reach its tolerance.
 
     References:
@@ -92,6 +98,13 @@ def sample(
     kind = _solver(solver)
     _check_flow(flow)
     x_T = check_samples(x_T, "x_T").detach()
+    if x_T.dtype not in (torch.float32, torch.float64):
+        x_T = x_T.float()
+    if clock is not None:
+        if grid is not None:
+            raise ValueError("clock: pass either a grid or a clock, not both")
+        with torch.no_grad():
+            return integrate_with(flow, x_T, clock, solver, callback)
     if kind.adaptive:
         if grid is not None:
             raise ValueError(
@@ -116,8 +129,6 @@ def sample(
             f"grid: the first node is {float(nodes[0]):.6g}, expected at most t_max = "
             f"{t_max:.6g} of the flow's process; was the grid made for another process?"
         )
-    if x_T.dtype not in (torch.float32, torch.float64):
-        x_T = x_T.float()
     with torch.no_grad():
         return integrate(flow, x_T, nodes, solver, callback)
 

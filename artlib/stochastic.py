@@ -1,0 +1,241 @@
+r"""Stochastic samplers on any grid, and their exact covariance on Gaussian data.
+
+Both mix the flow with fresh noise, in the coordinates :math:`y = x/\alpha` and
+:math:`s = \sigma/\alpha` in which the process is `VE`:
+
+* **churn** (EDM): from s, noise of variance :math:`\hat s^2 - s^2` raises the level to
+  :math:`\hat s = (1 + \gamma) s`, then one Euler or Heun step goes from there down to
+  the next node. :math:`\gamma = \min(S_{churn}/K, \sqrt 2 - 1)` for levels within
+  [s_min, s_max], and no level above that of t_max is ever visited (ours: a network may
+  not know it).
+* **ancestral**: an Euler step goes below the next node s', to
+  :math:`s_{down}^2 = s'^2 - s_{up}^2` with
+  :math:`s_{up} = \min\bigl(s', \eta\, s' \sqrt{1 - s'^2/s^2}\bigr)`, and noise of
+  standard deviation :math:`s_{up}` lifts the sample back.
+
+For :math:`x_0 \sim N(0, \lambda)` each step multiplies y by a number m and adds
+independent noise, so the variance obeys :math:`v' = m^2 (v + n_{before}) + n_{after}`,
+exactly. `artlib.control`'s theory is of the deterministic flow: with noise, an error
+made early is partly forgotten, and what is charged per step is no longer paid at the
+end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._checks import as_grid, check_samples, finite_float, generator, require_finite
+from ._integrators import integrate
+from ._types import SeedLike
+from .flow import ProbabilityFlow
+from .processes import VE, Process
+
+__all__ = ["gaussian_stochastic_std", "sample_stochastic"]
+
+Method = Literal["churn", "ancestral"]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Noise levels of every step, float64 [K] each.
+
+    Attributes:
+        level: Where the step starts.
+        raised: Where the solver starts.
+        lowered: Where the solver ends.
+        next: Where the step ends, after its noise.
+    """
+
+    level: Tensor
+    raised: Tensor
+    lowered: Tensor
+    next: Tensor
+    scale: float
+    solver: str
+
+
+def sample_stochastic(
+    flow: ProbabilityFlow,
+    x_T: Tensor,
+    grid: Sequence[float] | np.ndarray | Tensor,
+    *,
+    method: Method = "ancestral",
+    solver: Literal["euler", "heun"] | None = None,
+    eta: float = 1.0,
+    churn: float = 40.0,
+    s_min: float = 0.0,
+    s_max: float = math.inf,
+    s_noise: float = 1.0,
+    seed: SeedLike = 0,
+) -> Tensor:
+    r"""Sample with fresh noise on the way.
+
+    Args:
+        flow: The flow.
+        x_T: States at the first node [N, *shape].
+        grid: K + 1 strictly descending process times, the last 0 or above.
+        method: ``"churn"`` or ``"ancestral"``, see the module.
+        solver: Of churn: ``"heun"`` (default) or ``"euler"``; ancestral is Euler's.
+        eta: Of ancestral: share of the noise, within [0, 1]; 0 is plain Euler.
+        churn: :math:`S_{churn}` >= 0; 0 is the plain solver.
+        s_min: Least noise level at which churn acts.
+        s_max: Largest such level.
+        s_noise: Factor on the standard deviation of all fresh noise, > 0.
+        seed: A seed or a generator of the fresh noise.
+
+    Returns:
+        States at the last node [N, *shape], in the dtype of ``x_T``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If one is out of its range, the noise level is infinite at the first
+            node, or the state became NaN or infinite.
+
+    References:
+        Karras et al., https://arxiv.org/abs/2206.00364, algorithm 2 (churn); the
+        ancestral step is DDPM's, https://arxiv.org/abs/2006.11239, in these units.
+    """
+    if not isinstance(flow, ProbabilityFlow):
+        raise TypeError(
+            f"flow: expected a ProbabilityFlow, got {type(flow).__name__}; wrap a "
+            "denoiser as ProbabilityFlow(process, denoiser)"
+        )
+    x = check_samples(x_T).detach()
+    process = flow.process
+    nodes = as_grid(grid)
+    plan = _plan(process, nodes, method, solver, eta, (churn, s_min, s_max), s_noise)
+    rng = generator(seed, x.device)
+    plain = flow if isinstance(process, VE) else flow.to_ve()
+    y = x / process.alpha(nodes[0]).to(x)
+
+    def add(y: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        if not bool(high > low):
+            return y
+        noise = torch.randn(
+            y.shape, generator=rng, dtype=torch.float64, device=rng.device
+        )
+        return y + plan.scale * (high**2 - low**2).sqrt().to(y) * noise.to(y)
+
+    with torch.no_grad():
+        for k in range(len(plan.level)):
+            y = add(y, plan.level[k], plan.raised[k])
+            pair = torch.stack([plan.raised[k], plan.lowered[k]])
+            y = integrate(plain, y, pair, plan.solver)
+            y = add(y, plan.lowered[k], plan.next[k])
+    require_finite(y, "sample_stochastic", "check the denoiser, or lower churn")
+    return y * process.alpha(nodes[-1]).to(y)
+
+
+def gaussian_stochastic_std(
+    process: Process,
+    variances: Tensor | Sequence[float],
+    grid: Sequence[float] | np.ndarray | Tensor,
+    *,
+    method: Method = "ancestral",
+    solver: Literal["euler", "heun"] | None = None,
+    eta: float = 1.0,
+    churn: float = 40.0,
+    s_min: float = 0.0,
+    s_max: float = math.inf,
+    s_noise: float = 1.0,
+) -> Tensor:
+    r"""Exact standard deviations of `sample_stochastic` on :math:`N(0, C)`.
+
+    Started from the exact prior at the first node; the output is Gaussian with the
+    eigenvectors of C, so :math:`W_2^2 = \sum_j (std_j - \sqrt{\lambda_j})^2`.
+
+    Args:
+        process: The noising process.
+        variances: Eigenvalues of C [d], >= 0.
+        grid: As in `sample_stochastic`, like the rest.
+        method: As there.
+        solver: As there.
+        eta: As there.
+        churn: As there.
+        s_min: As there.
+        s_max: As there.
+        s_noise: As there.
+
+    Returns:
+        float64 [d], at the last node.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+    lam = torch.as_tensor(variances, dtype=torch.float64).detach().cpu()
+    if lam.ndim != 1 or lam.numel() == 0 or not bool((lam >= 0).all()):
+        raise ValueError(
+            "variances: expected eigenvalues >= 0, shape [d], got "
+            f"{tuple(lam.shape)} with least value {float(lam.min()):.3g}"
+        )
+    require_finite(lam, "variances", "give finite eigenvalues")
+    nodes = as_grid(grid)
+    plan = _plan(process, nodes, method, solver, eta, (churn, s_min, s_max), s_noise)
+    top = float(plan.raised.max())
+    ve = VE(sigma_min=min(1e-3 * top, process.t_min), sigma_max=top)
+    flow = ProbabilityFlow(ve, lambda y, s: lam / (lam + s.double() ** 2) * y)
+    variance = lam + plan.level[0] ** 2
+    one = torch.ones(1, len(lam), dtype=torch.float64)
+    with torch.no_grad():
+        for k in range(len(plan.level)):
+            low, high = plan.level[k], plan.raised[k]
+            variance = variance + plan.scale**2 * (high**2 - low**2)
+            pair = torch.stack([high, plan.lowered[k]])
+            variance = integrate(flow, one, pair, plan.solver)[0] ** 2 * variance
+            added = plan.next[k] ** 2 - plan.lowered[k] ** 2
+            variance = variance + plan.scale**2 * added
+    return variance.sqrt() * process.alpha(nodes[-1])
+
+
+def _plan(
+    process: Process,
+    nodes: Tensor,
+    method: Method,
+    solver: str | None,
+    eta: float,
+    churning: tuple[float, float, float],
+    s_noise: float,
+) -> _Plan:
+    """The noise levels that a method visits, its options checked."""
+    if method not in get_args(Method):
+        raise ValueError(f"method: expected one of {get_args(Method)}, got {method!r}")
+    allowed = ("euler", "heun") if method == "churn" else ("euler",)
+    solver = allowed[-1] if solver is None else solver
+    if solver not in allowed:
+        raise ValueError(f"solver: {method} goes with one of {allowed}, got {solver!r}")
+    scale = finite_float(s_noise, "s_noise", positive=True)
+    if not 0 <= finite_float(eta, "eta") <= 1:
+        raise ValueError(f"eta: expected a number within [0, 1], got {eta}")
+    amount, s_min, s_max = churning
+    if not finite_float(amount, "churn") >= 0:
+        raise ValueError(f"churn: expected a number >= 0, got {amount}")
+    if not 0 <= s_min <= s_max:
+        raise ValueError(f"s_min: expected 0 <= s_min <= s_max, got {s_min}, {s_max}")
+    if float(nodes[0]) > process.t_max * (1 + 1e-6):
+        raise ValueError(
+            f"grid: the first node is {float(nodes[0]):.6g}, expected at most t_max = "
+            f"{process.t_max:.6g}"
+        )
+    levels = process.noise_level(nodes)
+    if not bool(torch.isfinite(levels).all()):
+        raise ValueError(
+            "grid: the noise level is infinite at its first node, and noise cannot be "
+            "added there; use RectifiedFlow(t_max=0.999)"
+        )
+    level, after = levels[:-1], levels[1:]
+    if method == "ancestral":
+        up = torch.minimum(after, eta * after * (1 - (after / level) ** 2).sqrt())
+        lowered = (after**2 - up**2).clamp_min(0).sqrt()
+        return _Plan(level, level, lowered, after, scale, solver)
+    gamma = min(amount / len(level), math.sqrt(2) - 1)
+    acts = (level >= s_min) & (level <= s_max)
+    top = process.noise_level(process.t_max)
+    raised = torch.where(acts, torch.minimum((1 + gamma) * level, top), level)
+    return _Plan(level, torch.maximum(raised, level), after, after, scale, solver)

@@ -1,0 +1,188 @@
+"""Refinement: against the oracle on Gaussian data, never worse on held-out noise."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from problems import mixture_16d
+from torch import Tensor
+
+import artlib
+from artlib.flow import ProbabilityFlow
+from artlib.processes import VE, VP, RectifiedFlow
+from artlib.refine import refine
+
+F64 = torch.float64
+SPECTRUM = torch.logspace(1, -4, 64, dtype=F64)  # the log-uniform law of chapter 09
+
+
+@cache
+def spectrum() -> tuple[ProbabilityFlow, Tensor, Tensor]:
+    process = VE()
+    flow = ProbabilityFlow(process, lambda x, t: SPECTRUM / (SPECTRUM + t**2) * x)
+    rng = torch.Generator().manual_seed(0)
+    z = torch.randn(256, 64, generator=rng, dtype=F64)
+    return flow, torch.sqrt(SPECTRUM + process.t_max**2) * z, SPECTRUM.sqrt() * z
+
+
+def w2(grid: Tensor, solver: str) -> float:
+    return float(artlib.gaussian_w2(VE(), SPECTRUM, grid, solver=solver))
+
+
+@pytest.mark.parametrize(
+    ("solver", "K"),
+    [("euler", K) for K in (2, 5, 20)] + [("heun", K) for K in (2, 3, 5)],
+)
+def test_reaches_the_oracle_on_gaussian_data(solver: str, K: int) -> None:
+    flow, x_T, _ = spectrum()
+    start = artlib.art(flow, x_T)
+    refined = refine(start, flow, x_T, K, solver=solver)
+    best = w2(artlib.oracle_grid(VE(), SPECTRUM, K, solver=solver), solver)
+    assert w2(refined.grid(K), solver) < 1.02 * best
+    assert w2(start.grid(K), solver) > 1.01 * best  # there was something to gain
+    assert refined.provenance["gradient"] == "autograd"
+
+
+def test_reaches_the_oracle_with_many_heun_steps() -> None:
+    # The oracle's own search takes minutes here; its W2 is that of chapter 09.
+    flow, x_T, exact = spectrum()
+    refined = refine(
+        artlib.art(flow, x_T), flow, x_T, 20, solver="heun", reference=exact
+    )
+    assert w2(refined.grid(20), "heun") == pytest.approx(0.0858, rel=0.02)
+
+
+def test_any_start_leads_to_the_same_grid() -> None:
+    flow, x_T, _ = spectrum()
+    ends = [
+        refine(start, flow, x_T, 5).grid(5)[:-1]
+        for start in (artlib.kl_optimal(VE()), artlib.edm(VE()))
+    ]
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "rk4", "dpmpp_2m"])
+@pytest.mark.parametrize("process", [VE(), VP(), RectifiedFlow()], ids=lambda p: p.name)
+def test_never_worse_on_fresh_noise(process: Any, solver: str) -> None:
+    problem = mixture_16d(process, n=96)
+    flow, start = problem.flow(), artlib.edm(process, pinned=False)
+    refined = refine(start, flow, problem.x_T[:64], 4, solver=solver, iterations=25)
+    fresh = problem.x_T[64:]
+    exact = problem.exact(fresh, process.t_max, process.t_min)
+    before, after = (
+        artlib.terminal_error(
+            artlib.sample(flow, fresh, schedule.grid(4), solver=solver), exact
+        )
+        for schedule in (start, refined)
+    )
+    assert after < before
+    notes = refined.provenance
+    assert notes["error_after"] < notes["error_before"]
+
+
+def test_is_a_schedule_with_exactly_these_nodes() -> None:
+    problem = mixture_16d(VE(), n=16)
+    refined = refine(
+        artlib.art(problem.flow(), problem.x_T), problem.flow(), problem.x_T, 6
+    )
+    grid = refined.grid(6)
+    assert (float(grid[0]), float(grid[-1])) == (80.0, 0.0)
+    assert bool((-torch.diff(grid[:-1].log()) >= 1e-3).all())
+    assert float(grid[-2]) > VE().t_min
+    again = artlib.Schedule.from_json(refined.to_json())
+    assert torch.equal(again.grid(6), grid)
+    assert torch.equal(again.grid(9), refined.grid(9))  # other numbers interpolate
+
+
+def test_a_start_that_cannot_be_improved_is_returned() -> None:
+    flow, x_T, exact = spectrum()
+    oracle = artlib.from_grid(VE(), artlib.oracle_grid(VE(), SPECTRUM, 4))
+    refined = refine(oracle, flow, x_T, 4, reference=exact)
+    assert w2(refined.grid(4), "euler") < 1.002 * w2(oracle.grid(4), "euler")
+    notes = refined.provenance
+    assert notes["error_after"] <= notes["error_before"]
+
+
+@pytest.mark.parametrize("kind", ["no_grad", "inference", "detached"])
+def test_networks_without_a_gradient_are_refined_by_differences(kind: str) -> None:
+    problem = mixture_16d(VE(), n=48)
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        if kind == "inference":
+            with torch.inference_mode():
+                return problem.denoiser(x, t)
+        if kind == "detached":
+            return problem.denoiser(x.detach(), t)
+        with torch.no_grad():
+            return problem.denoiser(x, t)
+
+    flow = ProbabilityFlow(VE(), denoiser, acceleration="difference")
+    start = artlib.edm(VE(), pinned=False)
+    refined = refine(start, flow, problem.x_T, 4)
+    usual = refine(start, problem.flow(), problem.x_T, 4)
+    assert refined.provenance["gradient"] == "differences"
+    after = [s.provenance["error_after"] for s in (refined, usual)]
+    assert after[0] == pytest.approx(after[1], rel=0.01)
+
+
+def test_divergence_on_the_way_keeps_the_best() -> None:
+    """A denoiser that overflows on some grids: the search goes on without them."""
+    problem = mixture_16d(VE(), n=32)
+    start = artlib.edm(VE(), pinned=False)
+    limit = float(start.grid(3)[1]) * 0.9
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        poison = torch.where((t < limit) & (t > 0.5 * limit), math.nan, 1.0)
+        return problem.denoiser(x, t) * poison
+
+    exact = problem.exact(problem.x_T, 80.0, 1e-9)
+    refined = refine(
+        start, ProbabilityFlow(VE(), denoiser), problem.x_T, 3, reference=exact
+    )
+    notes = refined.provenance
+    assert notes["error_after"] <= notes["error_before"] < 1
+
+
+def test_progress_is_silent_unless_asked_for(capsys: Any) -> None:
+    problem = mixture_16d(VE(), n=8)
+    for progress in (False, True):
+        refine(
+            artlib.edm(VE()),
+            problem.flow(),
+            problem.x_T,
+            2,
+            iterations=2,
+            progress=progress,
+        )
+        assert ("refine" in capsys.readouterr().err) is progress
+
+
+FLOW, X_T = mixture_16d(VE()).flow(), mixture_16d(VE()).x_T
+EDM = artlib.edm(VE())
+BROKEN = ProbabilityFlow(VE(), lambda x, t: x / 0 * torch.sign(t - 1e-9))
+BAD: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
+    ((EDM, FLOW, X_T, 1), {}, ValueError, "K: .*1"),
+    ((EDM, FLOW, X_T, 2.0), {}, TypeError, "K: "),
+    ((EDM.grid(3), FLOW, X_T, 3), {}, TypeError, "schedule: .*Tensor"),
+    ((artlib.edm(VP()), FLOW, X_T, 3), {}, ValueError, "schedule: "),
+    ((EDM, FLOW.denoiser, X_T, 3), {}, TypeError, "flow: "),
+    ((EDM, FLOW, X_T[:1], 3), {}, ValueError, "held_out: .*two samples"),
+    ((EDM, FLOW, X_T, 3), {"held_out": 1.0}, ValueError, "held_out: "),
+    ((EDM, FLOW, X_T, 3), {"solver": "dopri5"}, ValueError, "solver: .*dopri5"),
+    ((EDM, FLOW, X_T, 3), {"iterations": 0}, ValueError, "iterations: "),
+    ((EDM, FLOW, X_T, 3), {"reference": X_T[:2]}, ValueError, "reference: .*shape"),
+    ((EDM, FLOW, X_T * math.nan, 3), {}, ValueError, "x_T: .*NaN"),
+    ((EDM, BROKEN, X_T, 3), {"reference": X_T}, ValueError, "schedule: .*NaN"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BAD)))
+def test_bad_arguments_are_refused(case: int) -> None:
+    arguments, options, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        refine(*arguments, **options)
