@@ -59,7 +59,7 @@ class ActorClock(Clock):
         size = self._flow.stiffness(x, t.reshape(-1, *[1] * (x.ndim - 1)))
         now = t.to(env.device)
         rho = env.position(now).clamp(0, 1)
-        node = (1 - rho) * (env._states.shape[0] - 1)
+        node = (1 - rho) * (env._mean.shape[0] - 1)
         mean, std = (_interpolate(s, node)[:, 0] for s in (env._mean, env._std))
         flat = x.double().flatten(1).to(mean)
         white = env._whiten(flat, mean, std).to(env.device)
