@@ -2,8 +2,8 @@
 
 This file is the node. `install` copies it into a folder of its own, as ``__init__.py``
 beside the schedules it offers; that folder goes into ComfyUI's ``custom_nodes``, and
-``pip install art-diffusion`` into ComfyUI's Python. In the graph, connect the node's
-SIGMAS to *SamplerCustom*. Nothing of ComfyUI is imported, so it is tested without it.
+artlib is installed into ComfyUI's Python. In the graph, connect the node's SIGMAS to
+*SamplerCustom*. Nothing of ComfyUI is imported, so it is tested without it.
 """
 
 from __future__ import annotations
