@@ -51,7 +51,7 @@ def test_full_run_stores_and_quick_run_reads_and_checks(monkeypatch, tmp_path, c
     capsys.readouterr()
     read = run(flow_of(1.0))
     assert read == whole
-    assert set(read.cells["heun 3"]["EDM"]) == {"spread", "error"}
+    assert set(read.cells["heun 3"]["EDM"]) == {"spread", "error", "median"}
     assert len(read.values("euler", 4, "KL-optimal", "error")) == 3
     assert "8 samples for each of 3 seeds" in capsys.readouterr().out
 

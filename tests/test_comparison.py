@@ -65,6 +65,11 @@ def test_error_nfe_and_measures_are_those_of_sampling_by_hand(flow, noises):
             x = [artlib.sample(flow, noise, grid, solver=solver) for noise in noises]
             errors = [artlib.terminal_error(a, b) for a, b in zip(x, ends, strict=True)]
             np.testing.assert_allclose(table.values(solver, K, label, "error"), errors)
+            distances = [(a - b).norm(dim=1) for a, b in zip(x, ends, strict=True)]
+            np.testing.assert_allclose(
+                table.values(solver, K, label, "median"),
+                [float(d.median()) / 3**0.5 for d in distances],
+            )
             np.testing.assert_allclose(
                 table.values(solver, K, label, "spread"), [float(a.std()) for a in x]
             )
