@@ -188,6 +188,8 @@ def bench_actor_critic() -> None:
         table = artlib.stiffness_table(flow, x_T)
         table.art()
         closed = clock() - start
+        # A new flow: the first table of one finds out whether forward mode works.
+        flow, x_T = actor_critic_problem(dimension, trajectories, device)
         start = clock()
         # On a GPU what counts is a large batch: all the trajectories.
         trainer = artlib.ActorCritic(flow, x_T, steps=steps, batch=trajectories)
