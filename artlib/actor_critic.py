@@ -74,10 +74,10 @@ class ActorCritic:
         x_T: States at ``t_max`` [N, *shape]; each gives one trajectory.
         steps: K, steps of an episode.
         temperature: :math:`\lambda` in natural units: relative noise of the speed is
-            about its square root. By default 0.05 min(1, K/18)^2: in units of the whole
-            path's length the noise of a step is :math:`\sqrt\lambda/K`, and no longer
-            than with 18 steps it has to be, since |Q| changes by decades within one
-            long step (K = 5 at 0.05 diverges).
+            about its square root. By default min(0.02, (K/80)^2): 0.02, since what
+            exploring adds to the cost grows with it, and less for few steps, because
+            |Q| changes by decades within one long step (K = 5 at 0.05 diverges).
+            A higher one learns more of what sets single paths apart.
         seed: Of weights, noise and batches.
         constraint: ``"hard"``: the last step goes to the end; ``"multiplier"``: the
             paper's, the mean of psi(T) is driven to T by gamma.

@@ -455,7 +455,7 @@ def test_clocks_of_given_paths_do_not_depend_on_their_company() -> None:
 
 def test_few_steps_train_at_the_default_temperature() -> None:
     """At K = 5 within one step |Q| changes by decades; 0.05 diverges there."""
-    for steps, expected in ((18, 0.05), (40, 0.05), (9, 0.0125)):
+    for steps, expected in ((18, 0.02), (40, 0.02), (8, 0.01)):
         assert small(steps=steps).options.temperature == pytest.approx(expected)
     flow, x_T = mixture(64)
     trainer = ActorCritic(flow, x_T, steps=5, seed=0)
@@ -487,7 +487,7 @@ def test_distilled_schedule_says_where_it_comes_from(
     assert notes["method"] == "ART-RL"
     assert notes["iterations"] == ITERATIONS
     assert notes["nfe"] == trainer.nfe == trainer.table.nfe
-    assert notes["temperature"] == 0.05
+    assert notes["temperature"] == 0.02
     schedule.save(tmp_path / "s.json")
     loaded = artlib.Schedule.load(tmp_path / "s.json")
     assert torch.equal(loaded.grid(18), schedule.grid(18))
@@ -998,7 +998,14 @@ def test_divergence_is_reported_with_a_remedy() -> None:
 
 
 def test_the_naive_cost_diverges_and_is_reported() -> None:
-    trainer = small(step_cost="left", test_function="gradient", steps=18, batch=12)
+    # At the default temperature the loophole is not found within 400 iterations.
+    trainer = small(
+        step_cost="left",
+        test_function="gradient",
+        temperature=0.05,
+        steps=18,
+        batch=12,
+    )
     run = trainer.train(400)
     with pytest.warns(DivergenceWarning, match="step_cost='exact'"):
         next(record for record in run if trainer._watch.warned)
