@@ -21,7 +21,6 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -117,7 +116,9 @@ class TableEnvironment:
         self._project(path, seed)
         self._fill(table, path)
 
-    def with_paths(self, table: StiffnessTable, path: Trajectory, x_T: Tensor) -> Self:
+    def with_paths(
+        self, table: StiffnessTable, path: Trajectory, x_T: Tensor
+    ) -> TableEnvironment:
         """The same environment on other trajectories of the same flow.
 
         Units, floor, whitening and projection stay those of the first ones: that is
@@ -279,8 +280,11 @@ class ModelEnvironment(TableEnvironment):
     def nfe(self, value: int) -> None:
         self._counter.nfe = value
 
-    def with_paths(self, table: StiffnessTable, path: Trajectory, x_T: Tensor) -> Self:
+    def with_paths(
+        self, table: StiffnessTable, path: Trajectory, x_T: Tensor
+    ) -> ModelEnvironment:
         new = super().with_paths(table, path, x_T)
+        assert isinstance(new, ModelEnvironment)
         # Evaluations on other paths are none of the training's.
         new._counter = CountNFE(self._counter.denoiser)
         new._flow = self._flow.with_denoiser(new._counter)
