@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     rl = one.add_argument_group("with --method rl")
     rl.add_argument("--iterations", type=_count, default=2000, help="(2000)")
     rl.add_argument("--steps", type=_count, default=18, help="steps of an episode (18)")
-    rl.add_argument("--temperature", type=float, default=0.05, help="(0.05)")
+    rl.add_argument("--temperature", type=float, help="(0.02, less below 12 steps)")
     rl.add_argument("--checkpoint", help="file to write on the way and to resume from")
     _add_common(one)
 
