@@ -90,10 +90,11 @@ def comparison(
 
 
 def describe(made: Mapping[str, Any], count: int, seeds: int) -> str:
-    """One line on where a table comes from."""
+    """Where a table comes from, in two lines."""
+    torch_version = made["versions"]["torch"]
     return (
-        f"made {made['date']} on {made['device']}: {count} samples for each of {seeds} "
-        f"seeds; torch {made['versions']['torch']}, commit {made['commit']}"
+        f"{count} samples for each of {seeds} seeds; made {made['date']}\n"
+        f"on {made['device']} with torch {torch_version} at {made['commit']}"
     )
 
 
