@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from functools import cache
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +57,37 @@ def test_reaches_the_oracle_with_many_heun_steps() -> None:
         artlib.art(flow, x_T), flow, x_T, 20, solver="heun", reference=exact
     )
     assert w2(refined.grid(20), "heun") == pytest.approx(0.0858, rel=0.02)
+
+
+def chapter_law(name: str) -> tuple[Tensor, int]:
+    """A spectrum of chapter 09, and how many noises it is learned from there."""
+    if name == "log-uniform":
+        return SPECTRUM, 256
+    lam = torch.arange(1, 3073, dtype=F64) ** -1.2
+    lam = 0.25 * lam / lam.mean()
+    edges = torch.logspace(0, math.log10(3072), 49, dtype=F64).round().long().unique()
+    bins = pairwise([0, *edges.tolist()[1:]])
+    return torch.cat([lam[a:b].mean().expand(b - a) for a, b in bins]), 32
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("name", ["image-like", "log-uniform"])
+def test_reaches_the_stored_oracles_of_chapter_09(name: str, solver: str) -> None:
+    path = Path(__file__).parent.parent / "notebooks" / "results" / "ch09-oracles.json"
+    oracles = json.loads(path.read_text())["results"][f"{name} {solver}"]
+    lam, n = chapter_law(name)
+    process = VE()
+    flow = ProbabilityFlow(process, lambda x, t: lam / (lam + t**2) * x)
+    z = torch.randn(n, len(lam), generator=torch.Generator().manual_seed(0), dtype=F64)
+    x_T, exact = torch.sqrt(lam + process.t_max**2) * z, lam.sqrt() * z
+    start = artlib.art(flow, x_T)
+    for K in (2, 3, 5, 8, 12, 20):
+        grid = refine(start, flow, x_T, K, solver=solver, reference=exact).grid(K)
+        found, best = (
+            float(artlib.gaussian_w2(process, lam, g, solver=solver))
+            for g in (grid, oracles[str(K)])
+        )
+        assert found < 1.02 * best, K
 
 
 def test_any_start_leads_to_the_same_grid() -> None:
