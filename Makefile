@@ -20,7 +20,7 @@ help:
 	@echo "make notebooks            re-execute all chapters in place; CHAPTER=04 only that one"
 	@echo "make status               the same, and write the runtimes on the build status page"
 	@echo "make full CHAPTER=10      a chapter at full size, as plain Python (use a GPU)"
-	@echo "make zoo                  train the networks that have no weights yet (use a GPU)"
+	@echo "make zoo                  train the networks that are not fully trained yet (use a GPU)"
 	@echo "make bench                ratios: sampling overhead, cost of the closed form and of Q"
 	@echo "make clean                remove what was built (not $(VENV))"
 

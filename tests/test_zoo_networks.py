@@ -3,6 +3,7 @@
 import errno
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ from artlib._state_file import StateFileError
 from artlib.denoisers import from_edm
 from artlib.zoo import train as command
 from artlib.zoo.autoencoder import LATENT_STD, Autoencoder, AutoencoderConfig
-from artlib.zoo.networks import WEIGHTS, available, load, load_autoencoder, save_network
+from artlib.zoo.networks import (
+    WEIGHTS,
+    available,
+    fully_trained,
+    load,
+    load_autoencoder,
+    save_network,
+)
 from artlib.zoo.recipes import RECIPES, AutoencoderRecipe, ScoreRecipe, edm_loss
 from artlib.zoo.training import Trainer
 from artlib.zoo.unet import UNet, UNetConfig
@@ -444,18 +452,39 @@ def test_command_trains_and_prints_the_file(images, tmp_path, monkeypatch, capsy
     assert load(printed).name == "fashion-base"
 
 
-def test_missing_trains_what_has_no_weights(images, tmp_path, monkeypatch, capsys):
-    names = ("fashion-base", "mnist-base")
-    monkeypatch.setattr(
-        command, "RECIPES", {name: replace(TINY, name=name) for name in names}
-    )
-    monkeypatch.setattr(command, "recipe", command.RECIPES.get)
+def test_missing_trains_what_is_not_fully_trained(
+    images, tmp_path, monkeypatch, capsys
+):
+    names = ("fashion-base", "mnist-base", "emoji-base")
+    asked = {name: replace(TINY, name=name) for name in names}
+    for name, chosen in asked.items():
+        monkeypatch.setitem(RECIPES, name, chosen)
+    monkeypatch.setattr(command, "RECIPES", asked)
     monkeypatch.setattr(command, "training_images", lambda chosen: images)
-    (tmp_path / "mnist-base.safetensors").write_bytes(b"already here")
-    arguments = ["missing", "--out", str(tmp_path), "--device", "cpu", "--quiet"]
-    assert command.main(arguments) == 0
-    assert (tmp_path / "mnist-base.safetensors").read_bytes() == b"already here"
-    assert load(tmp_path / "fashion-base.safetensors").name == "fashion-base"
+    out = ["--out", str(tmp_path), "--device", "cpu", "--quiet"]
+    # Half the steps; as many images, in more steps; nothing.
+    assert command.main(["fashion-base", "--steps", "30", "--ema", "0.5", *out]) == 0
+    assert command.main(["mnist-base", "--steps", "120", "--batch", "4", *out]) == 0
+    states = [fully_trained(name, tmp_path) for name in names]
+    assert states == [False, True, False]
+    kept = (tmp_path / "mnist-base.safetensors").read_bytes()
+    header = load(tmp_path / "fashion-base.safetensors").header
+    assert (header["made"]["steps"], header["recipe"]["ema"]) == (30, 0.5)
+    capsys.readouterr()
+
+    assert command.main(["missing", *out]) == 0
+    printed = capsys.readouterr().out.split()
+    assert [Path(line).stem for line in printed] == ["fashion-base", "emoji-base"]
+    assert (tmp_path / "mnist-base.safetensors").read_bytes() == kept
+    assert all(fully_trained(name, tmp_path) for name in names)
+    header = load(tmp_path / "fashion-base.safetensors").header
+    assert (header["made"]["steps"], header["recipe"]["ema"]) == (60, TINY.ema)
+
+
+def test_weights_that_do_not_say_how_they_were_made_are_left_alone(tmp_path):
+    path = tmp_path / "fashion-base.safetensors"
+    save_network(path, UNet(TINY.config), {"name": "fashion-base", "sigma_data": 1.0})
+    assert fully_trained("fashion-base", tmp_path)
 
 
 def test_command_reports_errors_and_fails(tmp_path, monkeypatch, capsys):

@@ -3,7 +3,7 @@
 from .data import DATASETS, digits, emoji, fashion_mnist, mnist
 from .features import FeatureNet, features
 from .measures import image_measure
-from .networks import ZooDenoiser, available, load, load_autoencoder
+from .networks import ZooDenoiser, available, fully_trained, load, load_autoencoder
 from .recipes import RECIPES
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "emoji",
     "fashion_mnist",
     "features",
+    "fully_trained",
     "image_measure",
     "load",
     "load_autoencoder",

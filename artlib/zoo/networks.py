@@ -19,7 +19,7 @@ from .._state_file import StateFileError, read_state, write_state
 from ..denoisers import Denoiser, from_edm
 from ..processes import VE, Process
 from .autoencoder import Autoencoder, AutoencoderConfig
-from .recipes import RECIPES, AutoencoderRecipe
+from .recipes import RECIPES, AutoencoderRecipe, recipe
 from .unet import UNet, UNetConfig
 
 _KIND = "artlib-zoo-network"
@@ -163,10 +163,38 @@ def available() -> list[str]:
     """Names of the score networks whose weights are packaged."""
     return [
         name
-        for name, recipe in RECIPES.items()
-        if not isinstance(recipe, AutoencoderRecipe)
+        for name, made in RECIPES.items()
+        if not isinstance(made, AutoencoderRecipe)
         and (WEIGHTS / f"{name}.safetensors").is_file()
     ]
+
+
+def fully_trained(name: str, folder: Path = WEIGHTS) -> bool:
+    """Whether a network has been trained on as many images as its recipe asks for.
+
+    A network may be packaged before that: trained for less, where there was no GPU.
+
+    Args:
+        name: A key of `RECIPES`.
+        folder: Where its weights are.
+
+    Returns:
+        False also if there are no weights; True if these do not say how they were made.
+
+    Raises:
+        ValueError: If there is no such recipe.
+        StateFileError: If the weight file is damaged.
+    """
+    asked = recipe(name)
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        return False
+    autoencoder = isinstance(asked, AutoencoderRecipe)
+    _, header = read_state(path, kind=_AUTOENCODER_KIND if autoencoder else _KIND)
+    if not {"made", "recipe"} <= header.keys():
+        return True
+    seen = header["made"]["steps"] * header["recipe"]["batch"]
+    return bool(seen >= asked.steps * asked.batch)
 
 
 def save_network(

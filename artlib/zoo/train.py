@@ -1,6 +1,6 @@
 """Train a network of the zoo: ``python -m artlib.zoo.train fashion-base``.
 
-One command per network, or ``missing`` for all that have not been trained yet. It can
+One command per network, or ``missing`` for all that are not fully trained yet. It can
 be stopped at any time (Ctrl-C, a power cut) and continues from its last checkpoint when
 it is given again. It ends by writing the half-precision weights, and beside them, as
 JSON, the recipe, the loss curve, the time it took and the device.
@@ -14,6 +14,7 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,9 +26,11 @@ from .._rl_options import TrainingError
 from .._state_file import StateFileError
 from . import data
 from .autoencoder import Autoencoder
-from .networks import WEIGHTS, load_autoencoder, save_network
+from .networks import WEIGHTS, fully_trained, load_autoencoder, save_network
 from .recipes import RECIPES, Recipe, recipe
 from .training import Trainer
+
+_OVERRIDES = {"steps": int, "batch": int, "rate": float, "ema": float}
 
 
 def training_images(chosen: Recipe) -> Tensor:
@@ -50,7 +53,6 @@ def train(
     folder: Path,
     *,
     device: torch.device | str = "cpu",
-    steps: int | None = None,
     every: int = 500,
     progress: bool = True,
 ) -> Path:
@@ -61,7 +63,6 @@ def train(
         images: Its training set.
         folder: Where weights, record and (meanwhile) the checkpoint are written.
         device: Where to train.
-        steps: Other than the recipe's number of steps.
         every: Steps between checkpoints.
         progress: Whether to show a progress bar.
 
@@ -74,7 +75,7 @@ def train(
         TrainingError: If the loss is NaN; the last checkpoint is intact.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(chosen, images, device=device, steps=steps)
+    trainer = Trainer(chosen, images, device=device)
     checkpoint = folder / f"{chosen.name}.checkpoint.safetensors"
     for _ in trainer.train(checkpoint=checkpoint, every=every, progress=progress):
         pass
@@ -124,13 +125,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
         choices=["missing", *RECIPES],
         metavar="NAME",
-        help=f"which networks: {', '.join(RECIPES)}; or 'missing', all that have no "
-        "weights yet",
+        help=f"which networks: {', '.join(RECIPES)}; or 'missing', all that have "
+        "not been trained on as many images as their recipe asks for",
     )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--steps", type=int, help="other than the recipe's")
+    for field, kind in _OVERRIDES.items():
+        parser.add_argument(f"--{field}", type=kind, help="other than the recipe's")
     parser.add_argument(
         "--out", type=Path, default=WEIGHTS, help="folder; default: the package's own"
     )
@@ -138,18 +140,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.threads:
         torch.set_num_threads(given.threads)
+    changed = {f: v for f in _OVERRIDES if (v := getattr(given, f)) is not None}
     names = dict.fromkeys(given.names)
-    if "missing" in names:
-        names = {n: None for n in RECIPES if not _weights(given.out, n).is_file()}
     try:
+        if "missing" in names:
+            names = dict.fromkeys(n for n in RECIPES if not fully_trained(n, given.out))
         for name in names:
-            chosen = recipe(name)
+            chosen = replace(recipe(name), **changed)
             path = train(
                 chosen,
                 training_images(chosen),
                 given.out,
                 device=given.device,
-                steps=given.steps,
                 progress=not given.quiet,
             )
             print(path, flush=True)
