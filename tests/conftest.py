@@ -1,9 +1,10 @@
-"""What every test runs under: shapes checked, no CUDA assumed.
+"""What every test runs under: shapes checked, no GPU assumed.
 
 The mathematics is in the test modules, the problems with exact answers in problems.py.
 """
 
 import os
+from collections.abc import Iterator
 
 import jaxtyping
 import pytest
@@ -14,6 +15,7 @@ if os.environ.get("ARTLIB_TYPECHECK") == "1":
     jaxtyping.install_import_hook("artlib", "_typecheck.checked")
 
 import torch
+from simulated_device import simulated_device
 
 
 @pytest.fixture
@@ -22,11 +24,18 @@ def as_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
+@pytest.fixture
+def accelerator() -> Iterator[torch.device]:
+    """A GPU; where there is none, one that is simulated."""
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+        return
+    with simulated_device() as device:
+        yield device
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs CUDA where there is none; test refusals as a user meets them."""
-    skip = pytest.mark.skip(reason="no CUDA device")
+    """Test refusals as a user meets them."""
     for item in items:
-        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
-            item.add_marker(skip)
         if "refused" in item.name:
             item.fixturenames.append("as_a_user")
