@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from ._rl_networks import Constraint
@@ -29,6 +31,33 @@ def default_temperature(steps: int) -> float:
         steps: K.
     """
     return min(0.02, (steps / 80) ** 2)
+
+
+def check_plan(
+    iterations: int, warm_up: int, checkpoint: str | os.PathLike[str] | None
+) -> None:
+    """Refuse, before it starts, a training that could not learn or not be saved.
+
+    Args:
+        iterations: Planned.
+        warm_up: Iterations in which only the critic learns.
+        checkpoint: The file to write to.
+
+    Raises:
+        FileNotFoundError: If there is no folder to write the file to.
+        ValueError: If the actor would never learn.
+    """
+    if iterations <= warm_up:
+        raise ValueError(
+            f"iterations: {iterations} do not outlast the warm-up of {warm_up}, and "
+            "the actor would never learn; pass more of them, or a smaller warm_up"
+        )
+    if checkpoint is not None:
+        folder = Path(os.path.realpath(checkpoint)).parent
+        if not folder.is_dir():  # now, not after hundreds of iterations
+            raise FileNotFoundError(
+                f"checkpoint: there is no folder {str(folder)!r}; make it first"
+            )
 
 
 class DivergenceWarning(UserWarning):

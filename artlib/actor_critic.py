@@ -27,7 +27,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -42,6 +41,7 @@ from ._rl_checkpoint import (
     path_lengths,
     save_state,
 )
+from ._rl_distill import mean_schedule
 from ._rl_environment import ModelEnvironment, TableEnvironment
 from ._rl_loop import Loop
 from ._rl_networks import Constraint, Head
@@ -50,12 +50,13 @@ from ._rl_options import (
     Options,
     TrainingError,
     TrainingRecord,
+    check_plan,
     default_temperature,
 )
 from ._rl_watch import Watch
 from .control import stiffness_path
 from .flow import ProbabilityFlow
-from .schedules import Schedule, from_time_change
+from .schedules import Schedule
 
 __all__ = [
     "ActorCritic",
@@ -243,20 +244,9 @@ class ActorCritic:
         """
         iterations = positive_int(iterations, "iterations")
         every = positive_int(every, "every")
-        if iterations <= self.options.warm_up:
-            raise ValueError(
-                f"iterations: {iterations} do not outlast the warm-up of "
-                f"{self.options.warm_up}, and the actor would never learn; pass more "
-                "of them, or a smaller warm_up"
-            )
-        if checkpoint is not None:
-            folder = Path(os.path.realpath(checkpoint)).parent
-            if not folder.is_dir():  # now, not after hundreds of iterations
-                raise FileNotFoundError(
-                    f"checkpoint: there is no folder {str(folder)!r}; make it first"
-                )
-            if os.path.exists(checkpoint):
-                self.load(checkpoint)
+        check_plan(iterations, self.options.warm_up, checkpoint)
+        if checkpoint is not None and os.path.exists(checkpoint):
+            self.load(checkpoint)
         planned = self._loop.iterations
         if planned not in (0, iterations):
             raise ValueError(
@@ -331,28 +321,14 @@ class ActorCritic:
         Raises:
             TrainingError: If the mean clock is not strictly monotone.
         """
-        times = self.clocks().mean(0)
-        process = self.environment.process
-        o = self.options
-        # The ends are known, and interpolation left round-off there; with the
-        # multiplier this is the jump that closes what it left open.
-        times[0], times[-1] = process.t_max, process.t_min
-        if not bool((times[1:] < times[:-1]).all()):
-            raise TrainingError(
-                "distill: the mean clock stands still or runs backwards; train longer, "
-                "or use constraint='hard'"
-            )
+        clocks = self.clocks()  # costs evaluations, with the model in the loop
         notes = {
-            "method": "ART-RL",
             "iterations": self.iteration,
             "nfe": self.nfe,
             "trajectories": self.environment.size,
-            **asdict(o),
+            **asdict(self.options),
         }
-        clock = torch.linspace(0, 1, o.steps + 1, dtype=torch.float64)
-        return from_time_change(
-            process, clock * self.table.span, times, name="ART-RL", provenance=notes
-        )
+        return mean_schedule(self.environment.process, clocks, notes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint, atomically (safetensors, nothing is pickled).

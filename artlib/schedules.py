@@ -33,14 +33,8 @@ import torch
 from torch import Tensor
 
 from ._checks import as_grid, finite_float, positive_int
-from ._schedule import (
-    ROUND_OFF,
-    LastStep,
-    Schedule,
-    describe_origin,
-    end_of_range,
-    through_nodes,
-)
+from ._schedule import Schedule, through_nodes
+from ._schedule_checks import ROUND_OFF, LastStep, describe_origin, end_of_range
 from ._schedule_io import ExportError, ScheduleFormatError
 from ._time_change import BetaQuantiles, Formula, Linear, NoiseWarp
 from ._time_table import Interpolation, Table, quantiles, uniform_clock

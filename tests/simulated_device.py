@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "simulated"
 
@@ -27,15 +27,9 @@ _INDEXED = {_ops.index, _ops.index_put, _ops.index_put_, _ops._index_put_impl_}
 """Operations that also take indices from the CPU."""
 
 
-@cache
-def _register() -> torch.device:
-    """Tell torch of the device; once in a process, and not to be undone."""
-    from torch.utils.backend_registration import (
-        _setup_privateuseone_for_python_backend,
-    )
-
-    _setup_privateuseone_for_python_backend(NAME)
-    return torch.device(NAME, 0)
+_setup_privateuseone_for_python_backend(NAME)
+# Now, not at the first use: autograd counts the devices at its first backward pass.
+_DEVICE = torch.device(NAME, 0)
 
 
 class _Remote(Tensor):
@@ -52,7 +46,7 @@ class _Remote(Tensor):
             storage_offset=local.storage_offset(),
             dtype=local.dtype,
             layout=local.layout,
-            device=_register(),
+            device=_DEVICE,
         )
         made.local = local
         return made
@@ -74,7 +68,7 @@ _drawers: dict[int, torch.Generator] = {}
 class _RemoteGenerator(torch.Generator):
     @property
     def device(self) -> torch.device:
-        return _register()
+        return _DEVICE
 
 
 class _Generators(type):
@@ -210,6 +204,5 @@ class _Calls(TorchFunctionMode):
 @contextmanager
 def simulated_device() -> Iterator[torch.device]:
     """While it lasts, the device that it yields can be used like a GPU."""
-    device = _register()
     with mock.patch("torch.Generator", _AnyGenerator), _Operations(), _Calls():
-        yield device
+        yield _DEVICE
