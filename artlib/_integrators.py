@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from ._precision import full_precision
 from .flow import ProbabilityFlow
 
 StepCallback: TypeAlias = Callable[[int, float, Tensor], object]
@@ -250,6 +251,7 @@ class _AdaptiveVelocity:
         self.accepted += 1
 
 
+@full_precision()
 def integrate_adaptive(
     flow: ProbabilityFlow,
     x: Tensor,

@@ -34,6 +34,7 @@ from torch import Tensor
 from ._checks import positive_int, require_finite
 from ._integrators import SOLVERS, integrate
 from ._log_level import log_level, log_level_dot
+from ._precision import full_precision
 from ._reference_path import Trajectory
 from .flow import ProbabilityFlow
 
@@ -135,6 +136,7 @@ def _named_step(solver: str) -> Step:
     return step
 
 
+@full_precision()
 def measure(
     flow: ProbabilityFlow, path: Trajectory, solver: str | Step, order: int | None
 ) -> SolverErrors:

@@ -27,6 +27,7 @@ from torch import Tensor
 from ._checks import generator
 from ._integrators import integrate
 from ._log_level import log_level
+from ._precision import full_precision
 from ._reference_path import Trajectory
 from ._solver_error import Step, at_times, below, measure, step_of
 from ._stiffness import StiffnessTable
@@ -39,6 +40,7 @@ _STEPS = 20
 """Steps of the run whose error gives the direction of the dual weight."""
 
 
+@full_precision()
 def measure_errors(
     flow: ProbabilityFlow,
     x_T: Tensor,

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from ._checks import check_samples, positive_int
 from ._files import write_bytes
+from ._precision import full_precision
 from .denoisers import CountNFE
 from .flow import ProbabilityFlow
 from .metrics import terminal_error
@@ -244,6 +245,7 @@ def references(
     ]
 
 
+@full_precision()
 def compare(
     flow: ProbabilityFlow,
     schedules: Mapping[str, Schedule],

@@ -31,6 +31,7 @@ from torch import Tensor
 from ._checks import check_samples
 from ._log_level import log_level, log_level_dot
 from ._path_derivative import Acceleration, PathDerivative, derivative_matrix
+from ._precision import full_precision
 from ._reference_path import Trajectory, integrate
 from ._types import DenoiserFn, TimeLike
 from .denoisers import casts_itself, network_dtype
@@ -156,6 +157,7 @@ class ProbabilityFlow:
         on_d = (p.alpha_dot(s) - p.alpha(s) * ratio).to(x.dtype)
         return on_x * x + on_d * denoised
 
+    @full_precision()
     def acceleration(self, x: Tensor, t: TimeLike) -> Tensor:
         r"""Acceleration :math:`Q = d^2x/dt^2` along the path through (x, t), eq. (8).
 
@@ -205,6 +207,7 @@ class ProbabilityFlow:
         """Euclidean norm |Q| per sample, [N]; see `acceleration`."""
         return self.acceleration(x, t).flatten(1).norm(dim=1)
 
+    @full_precision()
     def trajectory(
         self,
         x_T: Tensor,
@@ -231,6 +234,7 @@ class ProbabilityFlow:
         """
         return integrate(self, check_samples(x_T), times, method, rtol)
 
+    @full_precision()
     def path_stiffness(self, path: Trajectory) -> Tensor:
         r"""|Q| at every node of reference paths, by the method in force.
 

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from ._checks import check_samples, finite_float, positive_int
 from ._integrators import SOLVERS, integrate
 from ._log_level import table_times
+from ._precision import full_precision
 from ._stiffness import check_process
 from .denoisers import CountNFE
 from .flow import ProbabilityFlow
@@ -54,6 +55,7 @@ _STEP = 1e-3  # of differences, in the logits: float32 networks resolve it
 _HOPELESS = 100.0  # log error of a grid on which the run is not finite
 
 
+@full_precision()
 def refine(
     schedule: Schedule,
     flow: ProbabilityFlow,

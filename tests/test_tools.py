@@ -182,6 +182,14 @@ def test_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (book.device().type == "cuda") == torch.cuda.is_available()
 
 
+def test_chapters_run_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device, allowed in (("cpu", True), ("cuda", False)):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        monkeypatch.setenv("ARTLIB_DEVICE", device)
+        assert book.device() == torch.device(device)
+        assert torch.backends.cudnn.allow_tf32 == allowed
+
+
 def test_results_come_back_with_their_circumstances(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
