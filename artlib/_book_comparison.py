@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .comparison import Budgets, Comparison, Measure, compare, references
+from .control import art
 from .flow import ProbabilityFlow
 from .schedules import Schedule
+
+if TYPE_CHECKING:
+    from .zoo import ZooDenoiser
 
 _AGREE = 0.02
 """Relative. A network in single precision on another processor differs by less."""
@@ -87,6 +92,31 @@ def comparison(
     print(describe(stored["made"], table.count, len(seeds)))
     _assert_agrees(fresh, Comparison.from_dict(stored["results"]["part"]), name)
     return table
+
+
+def learned(
+    name: str, net: ZooDenoiser, *, solver: str | None = None, seed: int = 1000
+) -> Schedule:
+    """ART in closed form on 32 paths of a network: made in a full run, read otherwise.
+
+    Args:
+        name: Of the results.
+        net: A score network of the zoo.
+        solver: The solver to match, see `artlib.art`.
+        seed: Of the noise.
+
+    Raises:
+        FileNotFoundError: If there are no results yet.
+    """
+    from . import book
+
+    if book.full():
+        flow = ProbabilityFlow(net.process, net)
+        schedule = art(flow, net.sample_prior(32, seed=seed), solver=solver)
+        book.save_results(name, json.loads(schedule.to_json()), seed=seed)
+    return Schedule.from_json(
+        json.dumps(book.load_results(name)["results"]), source=name
+    )
 
 
 def describe(made: Mapping[str, Any], count: int, seeds: int) -> str:

@@ -9,7 +9,8 @@ functions here behave alike in all three, so that a chapter never asks where it 
 * :func:`full` and :func:`device` say how much to compute, and where.
 * :func:`save_results` and :func:`load_results` keep the tables of full runs in
   ``notebooks/results/NAME.json``, each with the circumstances it was made in;
-  :func:`comparison` does that for tables of schedules, and checks a part.
+  :func:`comparison` does that for tables of schedules, and checks a part, and
+  :func:`learned` for schedules.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ import torch
 from matplotlib.figure import Figure
 
 from . import __version__
-from ._book_comparison import comparison
+from ._book_comparison import comparison, learned
 
 __all__ = [
     "comparison",
     "device",
     "full",
     "glue",
+    "learned",
     "load_results",
     "save_results",
     "scratch",

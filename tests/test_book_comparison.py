@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import artlib
+import artlib.zoo
 from artlib import book
 
 PROCESS = artlib.VE(sigma_max=20.0)
@@ -96,3 +97,22 @@ def test_results_do_not_make_the_commit_look_changed(tmp_path, monkeypatch):
     assert book._commit() == clean
     (repository / "artlib/book.py").write_text("2")
     assert book._commit() == clean + "+"
+
+
+def test_a_schedule_is_learned_in_a_full_run_and_read_afterwards(monkeypatch):
+    net = artlib.zoo.load("fashion-small")
+    with pytest.raises(FileNotFoundError, match="make full"):
+        book.learned("ch99-schedule", net)
+    calls = []
+
+    def few(flow, x_T, **options):
+        calls.append(options)
+        return artlib.art(flow, x_T[:2], points=9, **options)
+
+    monkeypatch.setattr("artlib._book_comparison.art", few)
+    with monkeypatch.context() as patch:
+        patch.setenv("ARTLIB_FULL", "1")
+        made = book.learned("ch99-schedule", net, solver="heun")
+    assert calls == [{"solver": "heun"}]
+    assert book.learned("ch99-schedule", net) == made
+    assert len(calls) == 1

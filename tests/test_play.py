@@ -1,29 +1,21 @@
 """The page to play with: its numbers, computed in a browser, are artlib's."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_browser import ARGUMENTS, CHROMIUM, HTML, PHONE, Visit, playwright
+from test_browser import CHROMIUM, HTML, PHONE, Visit, browser
 
 import artlib
 
 PAGE = HTML / "book" / "play.html"
 SCRIPT = Path(__file__).resolve().parent.parent / "book" / "_static" / "play.js"
 SOLVERS = ("euler", "heun", "rk4", "dpmpp_2m")
+__all__ = ["browser"]  # the fixture, shared
 built = pytest.mark.skipif(not PAGE.exists(), reason="no built book: make book")
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
