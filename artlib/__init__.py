@@ -75,7 +75,7 @@ from .targets import Empirical, Gaussian, GaussianMixture
 
 __version__ = "0.1.0"
 
-_LAZY = ("adapters", "book", "plotting", "zoo")
+_LAZY = ("adapters", "book", "plotting", "rivals", "zoo")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .comparison import Budgets, Comparison, Measure, compare, references
+from .comparison import Budgets, Comparison, HasGrid, Measure, compare, references
 from .control import art
 from .flow import ProbabilityFlow
 from .schedules import Schedule
@@ -27,7 +27,7 @@ Noise = Callable[[int, int], Tensor]
 def comparison(
     name: str,
     flow: ProbabilityFlow,
-    schedules: Mapping[str, Schedule],
+    schedules: Mapping[str, HasGrid],
     noise: Noise,
     budgets: Budgets,
     *,

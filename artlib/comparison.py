@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -41,6 +41,15 @@ Measure = Callable[[Tensor], Mapping[str, float]]
 
 Budgets = Mapping[str, Sequence[int]]
 """Solver -> numbers of steps K."""
+
+
+@runtime_checkable
+class HasGrid(Protocol):
+    """What a comparison asks of a schedule: its timesteps for a number of steps."""
+
+    def grid(self, K: int) -> Tensor:
+        """Timesteps [K + 1], descending from t_max to 0."""
+        ...
 
 
 def baselines(process: Process) -> dict[str, Schedule]:
@@ -248,7 +257,7 @@ def references(
 @full_precision()
 def compare(
     flow: ProbabilityFlow,
-    schedules: Mapping[str, Schedule],
+    schedules: Mapping[str, HasGrid],
     noises: Sequence[Tensor],
     budgets: Budgets,
     *,
@@ -262,7 +271,7 @@ def compare(
 
     Args:
         flow: The flow.
-        schedules: Label -> schedule.
+        schedules: Label -> schedule, or anything else with a ``grid(K)``.
         noises: States at ``t_max``, one tensor [N, *shape] per seed.
         budgets: Solver -> numbers of steps.
         ends: From `references`; the measures ``"error"`` (root mean square) and

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import artlib
 import artlib.zoo
+from artlib import rivals
 from artlib.zoo.networks import save_network
 from artlib.zoo.recipes import RECIPES
 from artlib.zoo.training import Trainer
@@ -55,6 +56,8 @@ BOTH: dict[str, Callable[[Tensor], Any]] = {
     ),
     "ancestral": lambda x: artlib.sample_stochastic(FLOW, x, GRID, seed=3),
     "churn": lambda x: artlib.sample_stochastic(FLOW, x, GRID, method="churn"),
+    "Euler jumps": lambda x: rivals.euler_jumps(FLOW, x, points=17).grid(5),
+    "Girsanov bound": lambda x: rivals.girsanov(FLOW, x, points=17).grid(5),
     "sliced W2": lambda x: artlib.sliced_wasserstein2(x, x + 1.0),
     "W2": lambda x: artlib.wasserstein2(x[:, 0], x[:, 1]),
     "error": lambda x: artlib.terminal_error(x, x + 1.0),

@@ -10,6 +10,7 @@ import torch
 from problems import mixture_16d
 
 import artlib
+from artlib import rivals
 from artlib._precision import full_precision
 
 PROBLEM = mixture_16d(artlib.VE(), n=4)
@@ -42,6 +43,8 @@ EXACT: dict[str, Callable[[artlib.ProbabilityFlow, torch.Tensor], Any]] = {
     "refine": lambda flow, x: artlib.refine(
         artlib.edm(flow.process), flow, x, 2, iterations=1
     ),
+    "Euler jumps": lambda flow, x: rivals.euler_jumps(flow, x, points=9),
+    "Girsanov bound": lambda flow, x: rivals.girsanov(flow, x, points=9),
     "compare": lambda flow, x: artlib.compare(
         flow, {"EDM": artlib.edm(flow.process)}, [x], {"euler": [2]}, ends=[x]
     ),

@@ -144,7 +144,7 @@ _ALL: tuple[Recipe, ...] = (
     ScoreRecipe(
         "fashion-xl",
         "fashion",
-        replace(_FASHION, widths=(96, 320), blocks=2),
+        replace(_FASHION, widths=(96, 256), blocks=2),
         steps=80_000,
         batch=256,
         rate=5e-4,

@@ -1,0 +1,220 @@
+"""Rebuilt rivals: equal to brute force, to analytic grids, and to ART in the limit."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from problems import mixture_16d
+from torch import Tensor
+
+import artlib
+from artlib.denoisers import CountNFE
+from artlib.flow import ProbabilityFlow
+from artlib.processes import VE, VP, RectifiedFlow
+from artlib.rivals import JumpCosts, euler_jumps, girsanov
+
+F64 = torch.float64
+PROCESSES = [VE(), VP(), RectifiedFlow()]
+
+
+def gaussian_flow(process: Any, variance: float) -> tuple[Any, ProbabilityFlow]:
+    target = artlib.Gaussian([0.0], [[variance]])
+    return target, ProbabilityFlow(process, target.denoiser(process))
+
+
+def random_jumps(n: int, seed: int) -> JumpCosts:
+    process = VE()
+    times = torch.logspace(0, -3, n - 1, dtype=F64) * process.t_max
+    times = torch.cat([times, torch.zeros(1, dtype=F64)])
+    rng = torch.Generator().manual_seed(seed)
+    return JumpCosts(process, times, torch.rand(n, n, generator=rng, dtype=F64))
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 5, 7])
+def test_dynamic_programming_is_a_search_over_all_grids(K: int) -> None:
+    jumps = random_jumps(8, seed=K)
+    total = {
+        nodes: sum(float(jumps.costs[i, j]) for i, j in itertools.pairwise(nodes))
+        for middle in itertools.combinations(range(1, 7), K - 1)
+        for nodes in [(0, *middle, 7)]
+    }
+    best = min(total, key=lambda nodes: total[nodes])
+    assert jumps.grid(K).tolist() == jumps.times[list(best)].tolist()
+    assert jumps.cost(K) == pytest.approx(total[best], rel=1e-12)
+
+
+def test_what_lies_below_the_diagonal_is_not_looked_at() -> None:
+    jumps = random_jumps(8, seed=0)
+    spoilt = jumps.costs.tril() * float("nan") + jumps.costs.triu(1)
+    other = JumpCosts(
+        jumps.process,
+        jumps.times,
+        torch.where(torch.ones(8, 8).triu(1).bool(), jumps.costs, spoilt),
+    )
+    assert torch.equal(other.grid(4), jumps.grid(4))
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.name)
+def test_a_jump_is_what_one_euler_step_leaves(process: Any) -> None:
+    variance = 0.7
+    target, flow = gaussian_flow(process, variance)
+    x_T = target.sample_prior(process, 32, seed=0)
+    jumps = euler_jumps(flow, x_T, points=24, method="dopri5")
+    scale = torch.sqrt(process.alpha(jumps.times) ** 2 * variance
+                       + process.sigma(jumps.times) ** 2)  # fmt: skip
+    size = float((x_T / scale[0]).abs().mean())
+    for i, j in [(0, 1), (0, 24), (5, 9), (20, 23), (11, 24)]:
+        x = size * scale[i].reshape(1, 1)
+        landed = x + (jumps.times[j] - jumps.times[i]) * flow.velocity(
+            x, jumps.times[i]
+        )
+        end = size * scale[j].reshape(1, 1)
+        if j == 24:  # an Euler step from t_min, the same for all that jump to 0
+            end = flow.denoise(size * scale[23].reshape(1, 1), jumps.times[23])
+        left = float((landed - end).abs())
+        assert float(jumps.costs[i, j]) == pytest.approx(left, rel=2e-3, abs=2e-5)
+
+
+def test_is_arts_problem_on_a_list_of_candidates() -> None:
+    """2 K times its least sum tends to T times ART's bound, its grids to ART's."""
+    problem = mixture_16d(VE(), n=64)
+    jumps = euler_jumps(problem.flow(), problem.x_T, points=300)
+    table = artlib.stiffness_table(problem.flow(), problem.x_T)
+    bound = table.span * table.lower_bound()
+    gaps = [1 - 2 * K * jumps.cost(K) / bound for K in (12, 24)]
+    # Below the bound, which is that of many steps, by a share that goes as 1 / K.
+    assert 0.05 < gaps[1] < gaps[0] < 0.25
+    assert math.log2(gaps[0] / gaps[1]) == pytest.approx(1, abs=0.12)
+    clock, K = table.art(), 24
+    readings = clock.clock(jumps.grid(K)[:-1]) / table.span
+    even = torch.linspace(0, 1, K + 1, dtype=F64)[:-1]
+    assert float((readings - even).abs().max()) < 1 / K
+
+
+def test_one_table_serves_all_budgets_and_counts_its_evaluations() -> None:
+    problem = mixture_16d(VE(), n=8)
+    flow, counter = problem.counted()
+    jumps = euler_jumps(flow, problem.x_T, points=20, method="heun")
+    spent = counter.nfe
+    assert jumps.nfe == spent == 2 * 19 + 1
+    costs = [jumps.cost(K) for K in range(1, 21)]
+    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(costs))
+    assert counter.nfe == spent
+    table = artlib.compare(
+        flow, {"GITS": jumps}, [problem.x_T], {"euler": [4]}, ends=[problem.x_T]
+    )
+    assert table.labels("euler") == ["GITS"]
+
+
+def kl_bound(target: Any, process: VE, grid: Tensor) -> float:
+    """The bound of a grid down to t_min by quadrature, for a Gaussian in 1-D."""
+    variance = float(target.cov[0, 0])
+
+    def loss(t: Tensor) -> Tensor:
+        return variance * t**2 / (variance + t**2)
+
+    total = 0.0
+    nodes = torch.cat([grid[:-1], torch.tensor([process.t_min], dtype=F64)])
+    for upper, lower in itertools.pairwise(nodes.tolist()):
+        log_t = torch.linspace(
+            torch.tensor(lower, dtype=F64).log().item(),
+            torch.tensor(upper, dtype=F64).log().item(), 4001, dtype=F64,
+        )  # fmt: skip
+        t = log_t.exp()
+        total += float(torch.trapezoid((loss(t[-1]) - loss(t)) / t**2, log_t))
+    return total
+
+
+def test_on_a_gaussian_each_step_gets_the_same_information() -> None:
+    """The density is that of log(1 + SNR) / 2, the information about x_0."""
+    process, variance = VE(), 0.49
+    _, flow = gaussian_flow(process, variance)
+    x_0 = variance**0.5 * torch.randn(
+        60_000, 1, generator=torch.Generator().manual_seed(1), dtype=F64
+    )
+    schedule = girsanov(flow, x_0, points=64)
+
+    def information(t: Tensor) -> Tensor:
+        return torch.log1p(variance / t**2) / 2
+
+    K = 20
+    levels = information(schedule.grid(K)[:-1])
+    total = information(torch.tensor(process.t_min, dtype=F64))
+    start = information(torch.tensor(process.t_max, dtype=F64))
+    even = start + (total - start) * torch.arange(K, dtype=F64) / K
+    assert float((levels - even).abs().max()) < 0.01 * float(total)
+
+
+def test_nothing_has_a_lower_bound() -> None:
+    process, variance, K = VE(), 0.49, 16
+    target, flow = gaussian_flow(process, variance)
+    rng = torch.Generator().manual_seed(1)
+    x_0 = variance**0.5 * torch.randn(60_000, 1, generator=rng, dtype=F64)
+    x_T = target.sample_prior(process, 256, seed=0)
+    ours = kl_bound(target, process, girsanov(flow, x_0).grid(K))
+    for other in (
+        artlib.art(flow, x_T),
+        artlib.edm(process, pinned=False),
+        artlib.log_snr(process, pinned=False),
+        artlib.kl_optimal(process),
+    ):
+        assert ours < 0.9 * kl_bound(target, process, other.grid(K)), other.name
+
+
+@pytest.mark.parametrize("process", [VP(), RectifiedFlow()], ids=lambda p: p.name)
+def test_bound_belongs_to_the_noise_levels_not_to_the_process(process: Any) -> None:
+    target = artlib.GaussianMixture(
+        torch.tensor([[-1.0, 0.5], [1.0, 0.0]]), torch.tensor([0.2, 0.3]), torch.ones(2)
+    )
+    x_0 = target.sample(500, seed=3)
+    levels = [
+        float(process.noise_level(t)) for t in (process.t_min, 0.98 * process.t_max)
+    ]
+    ve = VE(sigma_min=levels[0], sigma_max=200.0)
+    grids = []
+    for p in (process, ve):
+        schedule = girsanov(ProbabilityFlow(p, target.denoiser(p)), x_0)
+        grids.append(p.noise_level(schedule.grid(9)[1:-1]))
+    assert float((grids[0] / grids[1]).log().abs().max()) < 0.03
+
+
+def test_spends_one_evaluation_a_level_and_keeps_no_graph() -> None:
+    net = torch.nn.Linear(3, 3).double()
+    counter = CountNFE(lambda x, t: x / (1 + t**2) + 0 * net(x))
+    flow = ProbabilityFlow(VE(), counter)
+    x_0 = torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+    schedule = girsanov(flow, x_0, points=17)
+    assert counter.nfe == 17
+    assert schedule.provenance["nfe"] == 17
+
+
+def test_bad_input_is_named() -> None:
+    target, flow = gaussian_flow(VE(), 1.0)
+    x_T = target.sample_prior(VE(), 4, seed=0)
+    with pytest.raises(ValueError, match="K: 9 steps need at least 10 candidates"):
+        random_jumps(8, seed=0).grid(9)
+    with pytest.raises(ValueError, match="expected at least 1"):
+        random_jumps(8, seed=0).grid(0)
+    with pytest.raises(ValueError, match="points"):
+        euler_jumps(flow, x_T, points=1)
+    with pytest.raises(ValueError, match="x_T"):
+        euler_jumps(flow, x_T * float("nan"))
+    with pytest.raises(ValueError, match="x_0"):
+        girsanov(flow, x_T * float("inf"))
+    with pytest.raises(ValueError, match="points"):
+        girsanov(flow, x_T, points=3)
+    with pytest.raises(ValueError, match="a constant"):
+        girsanov(ProbabilityFlow(VE(), lambda x, t: 0 * x), x_T)
+    with pytest.raises(ValueError, match="denoising loss"):
+        girsanov(ProbabilityFlow(VE(), lambda x, t: x * float("nan")), x_T)
+    jumps = random_jumps(8, seed=0)
+    with pytest.raises(ValueError, match=r"costs: .* >= 0"):
+        JumpCosts(jumps.process, jumps.times, -jumps.costs)
+    with pytest.raises(ValueError, match="times"):
+        JumpCosts(jumps.process, jumps.times.flip(0), jumps.costs)
+    with pytest.raises(ValueError, match="shapes"):
+        JumpCosts(jumps.process, jumps.times[1:], jumps.costs)
