@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+from torch import Tensor
+
+from ._checks import finite_float, positive_int
 from ._rl_networks import Constraint
 
 
@@ -60,6 +64,43 @@ def check_plan(
             )
 
 
+def same_length(planned: int, iterations: int) -> int:
+    """The length of a run, which cannot change on the way.
+
+    Args:
+        planned: What it was planned for, 0 if it has not begun.
+        iterations: What is asked for now.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    if planned not in (0, iterations):
+        raise ValueError(
+            f"iterations: this run was planned for {planned}, got {iterations}; "
+            "step sizes decay over the whole run, so the number cannot change on "
+            "the way. Start a new trainer for another length"
+        )
+    return iterations
+
+
+def same_shape(x_T: Tensor, shape: torch.Size) -> Tensor:
+    """States [n, *shape] whose samples have the shape of the training's.
+
+    Args:
+        x_T: Other states than those of the training.
+        shape: Of one sample there.
+
+    Raises:
+        ValueError: If theirs is another.
+    """
+    if x_T.shape[1:] != shape:
+        raise ValueError(
+            f"x_T: samples of shape {tuple(x_T.shape[1:])}, expected {tuple(shape)} as "
+            "in the training; pass states of the same flow"
+        )
+    return x_T
+
+
 class DivergenceWarning(UserWarning):
     """Training is leaving the good region; the message says what to change."""
 
@@ -109,6 +150,20 @@ class Options:
     multiplier_rate: float
     critic_updates: int
     warm_up: int
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that are none or out of range, and make the others plain."""
+        plain: dict[str, int | float] = {}
+        for name in ("batch", "hidden", "critic_updates"):
+            plain[name] = positive_int(getattr(self, name), name)
+        for name, least in (("steps", 2), ("seed", 0), ("warm_up", 0)):
+            plain[name] = positive_int(getattr(self, name), name, minimum=least)
+        rates = ("critic_rate", "actor_rate", "multiplier_rate")
+        for name in ("temperature", "floor", *rates):
+            plain[name] = finite_float(getattr(self, name), name, positive=True)
+        plain["multiplier"] = finite_float(self.multiplier, "multiplier")
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     def check(self, trajectories: int) -> None:
         """Refuse combinations that make no sense.

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ._checks import check_samples, finite_float, positive_int
+from ._checks import check_samples, positive_int
 from ._rl_checkpoint import (
     CheckpointError,
     fingerprint,
@@ -52,6 +52,8 @@ from ._rl_options import (
     TrainingRecord,
     check_plan,
     default_temperature,
+    same_length,
+    same_shape,
 )
 from ._rl_watch import Watch
 from .control import stiffness_path
@@ -75,10 +77,9 @@ class ActorCritic:
         x_T: States at ``t_max`` [N, *shape]; each gives one trajectory.
         steps: K, steps of an episode.
         temperature: :math:`\lambda` in natural units: relative noise of the speed is
-            about its square root. By default min(0.02, (K/80)^2): 0.02, since what
-            exploring adds to the cost grows with it, and less for few steps, because
-            |Q| changes by decades within one long step (K = 5 at 0.05 diverges).
-            A higher one learns more of what sets single paths apart.
+            about its square root. By default min(0.02, (K/80)^2): exploring adds to the
+            cost, and |Q| changes by decades within one long step (K = 5 at 0.05
+            diverges). A higher one learns more of what sets single paths apart.
         seed: Of weights, noise and batches.
         constraint: ``"hard"``: the last step goes to the end; ``"multiplier"``: the
             paper's, the mean of psi(T) is driven to T by gamma.
@@ -152,29 +153,27 @@ class ActorCritic:
             temperature = default_temperature(steps)
         self.options = Options(
             steps=steps,
-            temperature=finite_float(temperature, "temperature", positive=True),
-            seed=positive_int(seed, "seed", minimum=0),
+            temperature=temperature,
+            seed=seed,
             constraint=constraint,
             environment=environment,
             step_cost=step_cost,
             test_function=test_function,
-            floor=finite_float(floor, "floor", positive=True),
-            batch=min(256, len(x_T)) if batch is None else positive_int(batch, "batch"),
-            hidden=positive_int(hidden, "hidden"),
-            critic_rate=finite_float(critic_rate, "critic_rate", positive=True),
-            actor_rate=finite_float(actor_rate, "actor_rate", positive=True),
-            multiplier=finite_float(multiplier, "multiplier"),
-            multiplier_rate=finite_float(
-                multiplier_rate, "multiplier_rate", positive=True
-            ),
-            critic_updates=positive_int(critic_updates, "critic_updates"),
-            warm_up=positive_int(warm_up, "warm_up", minimum=0),
+            floor=floor,
+            batch=min(256, len(x_T)) if batch is None else batch,
+            hidden=hidden,
+            critic_rate=critic_rate,
+            actor_rate=actor_rate,
+            multiplier=multiplier,
+            multiplier_rate=multiplier_rate,
+            critic_updates=critic_updates,
+            warm_up=warm_up,
         )
         self.options.check(len(x_T))
         self.device = torch.device(device) if device is not None else x_T.device
         self._flow = flow
         self._sampling: dict[str, Any] = {"points": points, "method": method}
-        self._like = x_T[:0]
+        self._shape = x_T.shape[1:]
         self.table, path = stiffness_path(flow, x_T, **self._sampling)
         shared: dict[str, Any] = {
             "floor": self.options.floor,
@@ -247,24 +246,16 @@ class ActorCritic:
         check_plan(iterations, self.options.warm_up, checkpoint)
         if checkpoint is not None and os.path.exists(checkpoint):
             self.load(checkpoint)
-        planned = self._loop.iterations
-        if planned not in (0, iterations):
-            raise ValueError(
-                f"iterations: this run was planned for {planned}, got {iterations}; "
-                "step sizes decay over the whole run, so the number cannot change on "
-                "the way. Start a new trainer for another length"
-            )
-        self._loop.iterations = iterations
+        self._loop.iterations = same_length(self._loop.iterations, iterations)
         return self._train(checkpoint, every, progress)
 
     def _train(
         self, checkpoint: str | os.PathLike[str] | None, every: int, progress: bool
     ) -> Iterator[TrainingRecord]:
         first, last = self.iteration, self._loop.iterations
-        bar = tqdm(
+        with tqdm(
             total=last, initial=first, desc="ART-RL", unit="it", disable=not progress
-        )
-        with bar:
+        ) as bar:
             while self.iteration < last:
                 record = self._loop.iterate()
                 if checkpoint is not None and (
@@ -276,8 +267,6 @@ class ActorCritic:
                 if message:
                     warnings.warn(message, DivergenceWarning, stacklevel=2)
                 yield record
-
-    # What comes out.
 
     def clocks(self, x_T: Tensor | None = None) -> Tensor:
         """Process times of the learned mean policy, per trajectory.
@@ -303,13 +292,7 @@ class ActorCritic:
 
     def _on(self, x_T: Tensor) -> TableEnvironment:
         """The environment on other trajectories."""
-        x_T = check_samples(x_T)
-        if x_T.shape[1:] != self._like.shape[1:]:
-            raise ValueError(
-                f"x_T: samples of shape {tuple(x_T.shape[1:])}, expected "
-                f"{tuple(self._like.shape[1:])} as in the training; pass states of the "
-                "same flow"
-            )
+        x_T = same_shape(check_samples(x_T), self._shape)
         table, path = stiffness_path(self._flow, x_T, **self._sampling)
         return self.environment.with_paths(table, path, x_T)
 
