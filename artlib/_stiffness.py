@@ -15,7 +15,8 @@ with :math:`|Q|` is the paper's. By Hoelder's inequality
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -170,6 +171,45 @@ class StiffnessTable:
             lengths = self._integral(self.fine_values ** (1 / power))
             return float((lengths**power).mean()) / self.span**self.order
         raise ValueError(f"clock: expected 'open_loop' or 'feedback', got {clock!r}")
+
+    def held_out(self, folds: int = 2) -> float:
+        r"""How well the closed form fits paths that it was not learned from.
+
+        The paths are dealt out into ``folds`` parts; for each part the schedule is
+        learned from all others, and its cost on that part is divided by the part's own
+        `lower_bound`. No network evaluation is needed. Ours.
+
+        Args:
+            folds: Parts, at least 2. With 2 each schedule has seen half of the paths,
+                so the schedule from all of them does better than this number.
+
+        Returns:
+            The mean of the ratios, >= 1 up to quadrature; near 1 there are paths
+            enough. Infinite if all paths but those of one part are straight.
+
+        Raises:
+            ValueError: If there are fewer paths than parts.
+        """
+        folds, paths = positive_int(folds, "folds", minimum=2), len(self.values)
+        if paths < folds:
+            raise ValueError(
+                f"folds: {folds} parts of {paths} trajectories; take more of those"
+            )
+        part = torch.arange(paths) % folds
+        ratios = []
+        for k in range(folds):
+            known, new = (
+                replace(self, values=self.values[rows])
+                for rows in (part != k, part == k)
+            )
+            bound = new.lower_bound()
+            if bound == 0:  # straight paths: any schedule is as good
+                ratios.append(1.0)
+            elif not bool((known.values > 0).any()):  # nothing to learn from
+                ratios.append(math.inf)
+            else:
+                ratios.append(new.cost(known.art()) / bound)
+        return sum(ratios) / folds
 
     def art(
         self,
