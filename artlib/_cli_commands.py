@@ -31,7 +31,7 @@ from .schedules import Schedule, edm, log_snr
 from .solvers import nfe, sample
 
 _ENOUGH = 1.1
-"""Of the least cost: what a schedule from half of the paths may cost on the others."""
+"""Of the least cost: what a schedule may cost on paths it was not learned from."""
 
 CHECKS = 12
 """Evaluations set aside for the check of forward mode."""
@@ -265,10 +265,10 @@ def _report(table: StiffnessTable, schedule: Schedule, path: str) -> None:
     print("cost, in units of the least possible (open loop):")
     for entry in (schedule, edm(process, pinned=False), log_snr(process, pinned=False)):
         print(f"  {entry.name:16} {table.cost(entry) / bound:8.3f}")
-    if len(table.values) > 1:
-        ratio = table.held_out()
+    if (paths := len(table.values)) > 1:
+        ratio = table.held_out(min(8, paths))
         advice = "; more paths would help (-n)" if ratio > _ENOUGH else ""
-        print(f"closed form from half of the paths, on the others: {ratio:.3f}{advice}")
+        print(f"the closed form on paths it was not learned from: {ratio:.3f}{advice}")
 
 
 def _reference(flow: ProbabilityFlow, x_T: Tensor) -> Tensor:
