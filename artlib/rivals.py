@@ -24,14 +24,16 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
-from ._checks import check_samples, generator, positive_int, require_finite
+from ._checks import as_grid, check_samples, generator, positive_int, require_finite
 from ._log_level import log_level, log_level_dot, table_times
 from ._precision import full_precision
 from ._types import SeedLike
@@ -40,7 +42,7 @@ from .flow import ProbabilityFlow
 from .processes import Process
 from .schedules import Schedule, from_density
 
-__all__ = ["JumpCosts", "euler_jumps", "girsanov"]
+__all__ = ["JumpCosts", "euler_jumps", "girsanov", "girsanov_bound"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,3 +226,39 @@ def girsanov(
     return from_density(
         process, times, density, name="Girsanov bound", provenance=notes
     )
+
+
+def girsanov_bound(
+    process: Process,
+    grid: Tensor | Sequence[float],
+    loss: Callable[[Tensor], Tensor],
+    *,
+    points: int = 1001,
+) -> float:
+    r"""The Kullback-Leibler bound of the module for a list of timesteps, in nats.
+
+    Args:
+        process: The noising process.
+        grid: Timesteps [K + 1] descending to 0; the bound has no end there, so the
+            last step is counted down to t_min.
+        loss: :math:`m(\ell)`, the denoising loss at noise levels [n] -> [n].
+        points: Quadrature points of a step, evenly spaced in the log noise level.
+
+    Returns:
+        The sum over the steps, >= 0 where the loss rises with the noise.
+
+    Raises:
+        ValueError: If the list is no grid, or starts where no signal is left.
+    """
+    nodes, points = as_grid(grid), positive_int(points, "points", minimum=2)
+    levels = process.noise_level(nodes[nodes > process.t_min])
+    end = process.noise_level(process.t_min).reshape(1)
+    log_levels = torch.cat([levels, end]).log()
+    require_finite(log_levels, "grid", "start it where there is signal left")
+    total = 0.0
+    for upper, lower in pairwise(log_levels.tolist()):
+        log_level = torch.linspace(lower, upper, points, dtype=torch.float64)
+        level = log_level.exp()
+        m = loss(level)
+        total += float(torch.trapezoid((m[-1] - m) / level**2, log_level))
+    return total
