@@ -28,7 +28,15 @@ from .clocks import (
     PredictedClock,
     value_of_information,
 )
-from .comparison import Comparison, baselines, compare, nfe_to_quality, references
+from .comparison import (
+    Comparison,
+    Interval,
+    baselines,
+    compare,
+    nfe_ratio,
+    nfe_to_quality,
+    references,
+)
 from .control import (
     StiffnessTable,
     art,
@@ -99,6 +107,7 @@ __all__ = [
     "ForwardModeWarning",
     "Gaussian",
     "GaussianMixture",
+    "Interval",
     "PredictedClock",
     "ProbabilityFlow",
     "Process",
@@ -135,6 +144,7 @@ __all__ = [
     "log_snr",
     "lower_bound",
     "nfe",
+    "nfe_ratio",
     "nfe_to_quality",
     "oracle_grid",
     "references",

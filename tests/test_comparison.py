@@ -11,6 +11,7 @@ from artlib.comparison import (
     Comparison,
     baselines,
     compare,
+    nfe_ratio,
     nfe_to_quality,
     references,
 )
@@ -69,6 +70,11 @@ def test_error_nfe_and_measures_are_those_of_sampling_by_hand(flow, noises):
             np.testing.assert_allclose(
                 table.values(solver, K, label, "median"),
                 [float(d.median()) / 3**0.5 for d in distances],
+            )
+            np.testing.assert_allclose(
+                table.sample_errors(solver, K, label),
+                torch.cat(distances) / 3**0.5,
+                rtol=5e-4,
             )
             np.testing.assert_allclose(
                 table.values(solver, K, label, "spread"), [float(a.std()) for a in x]
@@ -159,6 +165,189 @@ def test_an_error_that_comes_back_up_does_not_count_as_reached():
         nfe_to_quality([1, 2], [1.0, float("nan")], 0.7)
     with pytest.raises(ValueError, match="two lists of one length"):
         nfe_to_quality([1, 2], [1.0], 0.7)
+
+
+def made_up(errors, *, nfe=None):
+    """A table of one seed from per-sample errors {(K, label): [n]} with Euler."""
+    table = Comparison(count=len(next(iter(errors.values()))))
+    for (K, label), row in errors.items():
+        key = f"euler {K}"
+        table.nfe[key] = K
+        table.samples.setdefault(key, {})[label] = [list(row)]
+        table.cells.setdefault(key, {})[label] = {
+            "error": [float(np.sqrt(np.mean(np.square(row))))],
+            "median": [float(np.sort(row)[(len(row) - 1) // 2])],
+        }
+    return table
+
+
+def test_errors_of_samples_make_the_numbers_of_their_cell(flow, noises):
+    table = compare(
+        flow,
+        {"EDM": artlib.edm(flow.process), "KL": artlib.kl_optimal(flow.process)},
+        [noises[0]],
+        {"euler": [2, 4], "heun": [3]},
+        ends=exact_ends(noises)[:1],
+    )
+    for key, row in table.cells.items():
+        solver, K = key.split()[0], int(key.split()[1])
+        for label in row:
+            for measure in ("error", "median"):
+                value, low, high = table.interval(solver, K, label, measure=measure)
+                expected = table.mean(solver, K, label, measure)
+                assert value == pytest.approx(expected, rel=5e-4)
+                assert low < value < high
+
+
+def test_the_interval_of_a_ratio_holds_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    held = {"median": 0, "error": 0}
+    runs, truth = 300, 0.8
+    for run in range(runs):
+        hard = np.exp(rng.normal(size=150) / 2)
+        errors = {
+            (5, "A"): truth * hard * np.exp(rng.normal(size=150) / 5),
+            (5, "B"): hard * np.exp(rng.normal(size=150) / 5),
+        }
+        for measure in held:
+            _, low, high = made_up(errors).ratio(
+                "euler", 5, "A", "B", measure=measure, resamples=300, seed=run
+            )
+            held[measure] += low <= truth <= high
+    for hits in held.values():  # the standard deviation of the share is 0.013
+        assert 0.91 < hits / runs < 0.985
+
+
+def test_pairs_of_samples_tell_more_than_two_sets():
+    rng = np.random.default_rng(2)
+    hard = np.exp(rng.normal(size=200))
+    other = np.exp(rng.normal(size=200))
+    again = 0.9 * hard * np.exp(rng.normal(size=200) / 20)
+    for measure in ("median", "error"):
+        paired = made_up({(5, "A"): again, (5, "B"): hard})
+        apart = made_up({(5, "A"): 0.9 * other, (5, "B"): hard})
+        found = paired.ratio("euler", 5, "A", "B", measure=measure)
+        wide = apart.ratio("euler", 5, "A", "B", measure=measure)
+        assert found.high - found.low < (wide.high - wide.low) / 3
+        if measure == "error":
+            assert found.high < 1
+            # The intervals of the two numbers overlap all the same.
+            one, two = (
+                paired.interval("euler", 5, x, measure=measure) for x in ("A", "B")
+            )
+            assert one.high > two.low
+
+
+def test_exchanged_cells_have_the_inverse_ratio_and_equal_ones_ratio_one():
+    rng = np.random.default_rng(3)
+    a, b = np.exp(rng.normal(size=(2, 80)))
+    table = made_up({(14, "ART"): a, (18, "EDM"): b, (18, "half"): b / 2})
+    for measure in ("median", "error"):
+        there = table.ratio("euler", 14, "ART", ("euler", 18, "EDM"), measure=measure)
+        back = table.ratio("euler", 18, "EDM", ("euler", 14, "ART"), measure=measure)
+        np.testing.assert_allclose(
+            (there.value, there.low, there.high),
+            (1 / back.value, 1 / back.high, 1 / back.low),
+            rtol=1e-14,
+        )
+        half = table.ratio("euler", 18, "half", "EDM", measure=measure)
+        np.testing.assert_allclose(half, (0.5, 0.5, 0.5), rtol=1e-14)
+        again = table.ratio("euler", 14, "ART", ("euler", 18, "EDM"), measure=measure)
+        assert again == there
+        assert again != table.ratio(
+            "euler", 14, "ART", ("euler", 18, "EDM"), measure=measure, seed=1
+        )
+
+
+def test_nfe_ratio_is_exact_for_power_laws_and_holds_the_truth():
+    rng = np.random.default_rng(4)
+    hard = np.exp(rng.normal(size=60))
+    counts = [5, 8, 12, 20, 30]
+    errors = {(K, "EDM"): hard * K**-2.0 for K in counts}
+    errors |= {(K, "ART"): 0.5 * hard * K**-2.0 for K in counts}
+    for measure in ("median", "error"):
+        found = nfe_ratio(
+            made_up(errors), "euler", "ART", ("euler", 20, "EDM"), measure=measure
+        )
+        np.testing.assert_allclose(found, 0.5**0.5, rtol=1e-12)
+    held, runs = 0, 150
+    for _ in range(runs):
+        hard = np.exp(rng.normal(size=100) / 2)
+        noisy = {
+            (K, label): scale * hard * K**-2.0 * np.exp(rng.normal(size=100) / 5)
+            for K in counts
+            for label, scale in (("EDM", 1.0), ("ART", 0.5))
+        }
+        value, low, high = nfe_ratio(
+            made_up(noisy), "euler", "ART", ("euler", 20, "EDM"), resamples=200
+        )
+        median = [np.sort(noisy[K, "ART"])[49] for K in counts]
+        goal = np.sort(noisy[20, "EDM"])[49]
+        assert value == pytest.approx(nfe_to_quality(counts, median, goal) / 20)
+        held += low <= 0.5**0.5 <= high
+    assert 0.88 < held / runs < 1
+
+
+def test_nfe_ratio_of_a_goal_that_is_not_reached():
+    rng = np.random.default_rng(5)
+    hard = np.exp(rng.normal(size=60))
+    table = made_up({(K, "A"): hard * K**-1.0 for K in (4, 8)} | {(8, "B"): hard / 9})
+    never = nfe_ratio(table, "euler", "A", ("euler", 8, "B"))
+    assert np.isnan(never.value)
+    assert never.low == never.high == np.inf
+    at_once = nfe_ratio(table, "euler", "A", ("euler", 4, "A"))
+    assert at_once == (1.0, 1.0, 1.0)
+
+
+def test_files_keep_four_digits_of_every_sample_in_little_room(tmp_path):
+    rng = np.random.default_rng(6)
+    table = Comparison(count=48)
+    for K in range(10):
+        for label in range(10):
+            seeds = np.exp(2 * rng.normal(size=(3, 48)) - 4)
+            seeds[0, 0], seeds[1, 0], seeds[2, 0] = 0.0, 10.25, 3e-7
+            rounded = [[float(f"{e:.4g}") for e in row] for row in seeds]
+            table.samples.setdefault(f"euler {K}", {})[f"schedule {label}"] = rounded
+    text = json.dumps(table.to_dict(), indent=1)
+    assert len(text) < 135_000
+    again = Comparison.from_dict(json.loads(text))
+    assert again == table
+    assert again.sample_errors("euler", 3, "schedule 4")[:49:48].tolist() == [0, 10.25]
+
+
+def test_a_table_from_before_there_were_errors_of_samples_still_loads():
+    old = {
+        "cells": {"heun 3": {"EDM": {"error": [0.2], "median": [0.1]}}},
+        "nfe": {"heun 3": 5},
+        "count": 8,
+    }
+    table = Comparison.from_dict(old)
+    assert table.mean("heun", 3, "EDM", "median") == 0.1
+    with pytest.raises(KeyError, match="no errors of single samples for 'heun', K = 3"):
+        table.interval("heun", 3, "EDM")
+
+
+def test_intervals_refused():
+    table = made_up({(5, "A"): [0.1, 0.2], (5, "B"): [0.0, 0.3], (5, "C"): [1.0]})
+    for arguments, message in (
+        ({"measure": "frechet"}, "measure: expected"),
+        ({"level": 1.0}, "level: expected a share between 0 and 1"),
+        ({"level": float("nan")}, "level: expected a share between 0 and 1"),
+        ({"resamples": 0}, "resamples: expected at least 1"),
+        ({"seed": -1}, "seed: expected at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            table.interval("euler", 5, "A", **arguments)
+    with pytest.raises(ValueError, match="samples: expected at least 2"):
+        table.interval("euler", 5, "C")
+    with pytest.raises(ValueError, match="samples: expected as many in every cell"):
+        table.ratio("euler", 5, "A", "C")
+    with pytest.raises(ValueError, match=r"other: .* has median 0 on these samples"):
+        table.ratio("euler", 5, "A", "B")
+    with pytest.raises(ValueError, match="table: the median is 0 in some cell"):
+        nfe_ratio(table, "euler", "A", ("euler", 5, "B"))
+    with pytest.raises(KeyError, match="label: nothing measured for 'euler', 'D'"):
+        nfe_ratio(table, "euler", "D", ("euler", 5, "B"))
 
 
 def test_bad_input_is_refused(flow, noises, tmp_path):
