@@ -5,6 +5,7 @@ Filled by `artlib.compare`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -205,7 +206,10 @@ class Comparison:
         return np.stack(rows)
 
     def text(self, solver: str, measure: str, *, digits: int = 3) -> str:
-        """A table: schedules down, NFE across, mean ± standard deviation over seeds.
+        """A table: schedules down, NFE across, mean and standard deviation over seeds.
+
+        Between the two stands a plus-minus sign, or ``+-`` where the encoding of the
+        standard output has none. Letters of a label that it lacks are escaped.
 
         Args:
             solver: Which solver.
@@ -213,9 +217,11 @@ class Comparison:
             digits: Significant digits of the mean.
         """
         steps = self.steps(solver)
+        between = "\N{PLUS-MINUS SIGN}"
+        between = between if _writable(between) == between else "+-"
         rows = [["NFE", *map(str, self.evaluations(solver))]]
         for label in self.labels(solver):
-            row = [label]
+            row = [_writable(label)]
             for K in steps:
                 if label not in self.cells[f"{solver} {K}"]:
                     row.append("-")
@@ -223,7 +229,7 @@ class Comparison:
                 mean = self.mean(solver, K, label, measure)
                 spread = self.spread(solver, K, label, measure)
                 error = f"{spread:.1g}" if spread < 1 else f"{spread:.0f}"
-                row.append(f"{mean:.{digits}g}±{error}")
+                row.append(f"{mean:.{digits}g}{between}{error}")
             rows.append(row)
         widths = [max(map(len, column)) + 1 for column in zip(*rows, strict=True)]
         return "\n".join(
@@ -287,3 +293,9 @@ def _joined(errors: Iterable[float]) -> str:
     """Errors as one string, which takes a third of the room of a list in a file."""
     written = (f"{error:.{_DIGITS}g}" for error in errors)
     return " ".join(text if text == "0" else text.removeprefix("0") for text in written)
+
+
+def _writable(text: str) -> str:
+    """The text, with what the standard output has no code for as escapes."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

@@ -1,5 +1,6 @@
 """Comparisons: what they report is what sampling by hand gives, whatever happens."""
 
+import io
 import json
 
 import numpy as np
@@ -144,6 +145,26 @@ def test_text_has_every_schedule_with_nfe_mean_and_spread(flow, noises):
     mean = table.mean("heun", 6, "Uniform", "error")
     assert f"{mean:.3g}±" in lines[1]
     assert Comparison.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+
+
+def test_text_prints_on_a_terminal_without_its_characters(monkeypatch):
+    table = made_up(
+        {(5, "ART \N{GREEK SMALL LETTER THETA}"): [0.1, 0.2], (5, "B"): [1, 2]}
+    )
+    for encoding, sign, label in (
+        ("ascii", "+-", "ART \\u03b8"),
+        ("cp1252", "\N{PLUS-MINUS SIGN}", "ART \\u03b8"),
+        ("utf-8", "\N{PLUS-MINUS SIGN}", "ART \N{GREEK SMALL LETTER THETA}"),
+    ):
+        raw = io.BytesIO()
+        terminal = io.TextIOWrapper(raw, encoding=encoding, write_through=True)
+        monkeypatch.setattr("sys.stdout", terminal)
+        print(table.text("euler", "median"))
+        monkeypatch.undo()
+        lines = raw.getvalue().decode(encoding).splitlines()
+        assert lines[1].startswith(label + " ")
+        assert f"0.1{sign}0" in lines[1]
+        assert len({len(line) for line in lines}) == 1  # the columns stay in line
 
 
 def test_quality_is_reached_where_a_power_law_says():
