@@ -8,11 +8,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
+from torch import Tensor
 
 from ._bootstrap import Interval, percentiles, resample, statistic
+
+
+@runtime_checkable
+class HasGrid(Protocol):
+    """What a comparison asks of a schedule: its timesteps for a number of steps."""
+
+    def grid(self, K: int) -> Tensor:
+        """Timesteps [K + 1], descending from t_max to 0."""
+        ...
+
 
 Cell: TypeAlias = tuple[str, int, str]
 """Solver, number of steps K, label of the schedule."""

@@ -17,11 +17,9 @@ over seeds: `Comparison.ratio` and `nfe_ratio` draw the same samples again for b
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,8 +27,8 @@ from tqdm import tqdm
 
 from ._bootstrap import Interval
 from ._checks import check_samples, positive_int
-from ._comparison_table import Cell, Comparison, rounded
-from ._files import write_bytes
+from ._comparison_file import ComparisonFile, Origin, probe_grid
+from ._comparison_table import Cell, Comparison, HasGrid, rounded
 from ._precision import full_precision
 from ._quality import nfe_ratio, nfe_to_quality
 from .denoisers import CountNFE
@@ -59,15 +57,6 @@ Measure = Callable[[Tensor], Mapping[str, float]]
 
 Budgets = Mapping[str, Sequence[int]]
 """Solver -> numbers of steps K."""
-
-
-@runtime_checkable
-class HasGrid(Protocol):
-    """What a comparison asks of a schedule: its timesteps for a number of steps."""
-
-    def grid(self, K: int) -> Tensor:
-        """Timesteps [K + 1], descending from t_max to 0."""
-        ...
 
 
 def baselines(process: Process) -> dict[str, Schedule]:
@@ -143,17 +132,24 @@ def compare(
             distance of every sample is kept, for `Comparison.ratio`.
         measure: Further measures of a seed's samples.
         batch: Samples computed together.
-        file: A JSON file; what is in it already is not computed again, and it is
-            rewritten after every cell, so that a long run can be stopped and
-            continued.
+        file: A JSON file; what is in it already is not computed again, and every
+            cell is added to it when it is done, so that a long run can be stopped and
+            continued, and several can share it. Cells that another grid or measure
+            made under the same name are computed again and replaced; what else is in
+            the file stays and is returned too. To tell, three steps from the first
+            noise and ``measure`` of the references, with some noise added, are
+            computed at the start.
         progress: Whether to show a progress bar (on stderr).
 
     Returns:
         A `Comparison`.
 
     Raises:
-        ValueError: If there is nothing to measure, shapes do not fit, the file is of
-            another comparison, or samples become NaN.
+        ValueError: If there is nothing to measure, shapes do not fit, a schedule is
+            for another process, samples or a measure become NaN or infinite, or the
+            file belongs to another comparison: to another process, denoiser, noise or
+            reference.
+        TimeoutError: If another run does not let go of the file.
     """
     noises = [check_samples(noise, "noises") for noise in noises]
     if not noises or not schedules or not budgets:
@@ -169,15 +165,24 @@ def compare(
             "with references(flow, noises)"
         )
     batch = positive_int(batch, "batch")
-    table = _resume(file, len(noises[0]))
+    _check_processes(schedules, flow.process)
+    table = Comparison(count=len(noises[0]))
+    store = None
+    if file is not None:
+        probe = _sampled(flow, noises[0], probe_grid(flow.process), "euler", batch)
+        origin = Origin.of(flow, noises, ends, probe)
+        numbers = _probed(measure, noises[0], ends, flow.process)
+        store = ComparisonFile(file, origin, table.count, schedules, numbers)
+        table = store.table
     counter = CountNFE(flow.denoiser)
     counted = flow.with_denoiser(counter)
     todo = [
         (solver, K, label)
         for solver, steps in budgets.items()
-        for K in steps
+        for K in dict.fromkeys(steps)
         for label in schedules
-        if label not in table.cells.get(f"{solver} {K}", {})
+        if store is None
+        or not store.holds(f"{solver} {K}", label, errors=ends is not None)
     ]
     for solver, K, label in tqdm(todo, desc="compare", disable=not progress):
         grid = schedules[label].grid(K)
@@ -185,9 +190,8 @@ def compare(
         samples: list[list[float]] = []
         for seed, noise in enumerate(noises):
             counter.reset()
-            parts = noise.split(batch)
-            x = torch.cat([sample(counted, p, grid, solver=solver) for p in parts])
-            table.nfe[f"{solver} {K}"] = counter.nfe // len(parts)
+            x = _sampled(counted, noise, grid, solver, batch)
+            evaluations = counter.nfe // len(noise.split(batch))
             numbers = dict(measure(x)) if measure is not None else {}
             if ends is not None:
                 numbers["error"] = terminal_error(x, ends[seed])
@@ -196,28 +200,52 @@ def compare(
                 numbers["median"] = float(distances.median())
                 samples.append(rounded(distances.tolist()))
             for name, value in numbers.items():
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"measure: {name!r} of {label!r} with {solver}, K = {K} is "
+                        f"{float(value)}; expected a finite number"
+                    )
                 found.setdefault(name, []).append(float(value))
-        table.cells.setdefault(f"{solver} {K}", {})[label] = found
+        key = f"{solver} {K}"
+        if store is not None:
+            store.add(key, label, evaluations, found, samples)
+            continue
+        table.nfe[key] = evaluations
+        table.cells.setdefault(key, {})[label] = found
         if samples:
-            table.samples.setdefault(f"{solver} {K}", {})[label] = samples
-        if file is not None:
-            write_bytes(file, json.dumps(table.to_dict()).encode())
+            table.samples.setdefault(key, {})[label] = samples
     return table
 
 
-def _resume(file: str | os.PathLike[str] | None, count: int) -> Comparison:
-    """The comparison in a file, or an empty one."""
-    if file is None or not Path(file).is_file():
-        return Comparison(count=count)
-    try:
-        table = Comparison.from_dict(json.loads(Path(file).read_text("utf-8")))
-    except ValueError as error:
-        raise ValueError(
-            f"file: {os.fspath(file)} is no comparison; delete it or give another name"
-        ) from error
-    if table.count != count:
-        raise ValueError(
-            f"file: {os.fspath(file)} was made with {table.count} samples per seed, "
-            f"now there are {count}; delete it or give another name"
-        )
-    return table
+def _sampled(
+    flow: ProbabilityFlow, noise: Tensor, grid: Tensor, solver: str, batch: int
+) -> Tensor:
+    parts = noise.split(batch)
+    return torch.cat([sample(flow, part, grid, solver=solver) for part in parts])
+
+
+def _check_processes(schedules: Mapping[str, HasGrid], process: Process) -> None:
+    for label, schedule in schedules.items():
+        own = getattr(schedule, "process", process)
+        if isinstance(own, Process) and own != process:
+            raise ValueError(
+                f"schedules: {label!r} was made for {own}, but the flow runs under "
+                f"{process}; make it for this process, or take it there with "
+                "artlib.convert"
+            )
+
+
+def _probed(
+    measure: Measure | None,
+    noise: Tensor,
+    ends: Sequence[Tensor] | None,
+    process: Process,
+) -> dict[str, float]:
+    """What a measure says of an input that is the same each time, to know it again."""
+    if measure is None:
+        return {}
+    x = noise.double() / float(process.sigma(process.t_max))
+    if ends is not None:
+        x = ends[0].double() + x / 10
+    x = x.to(noise.dtype if noise.dtype == torch.float64 else torch.float32)
+    return {name: float(value) for name, value in measure(x).items()}

@@ -2,12 +2,17 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import artlib
+from artlib import _comparison_file
 from artlib.comparison import (
     Comparison,
     baselines,
@@ -127,6 +132,235 @@ def test_a_stopped_comparison_goes_on_where_it_stopped(flow, noises, tmp_path):
     again = compare(*arguments, ends=ends, file=file)
     assert again.to_dict() == whole.to_dict()
     assert not list(tmp_path.glob(".*"))
+
+
+class Count:
+    """A flow's denoiser, and how often it was called."""
+
+    def __init__(self, denoiser):
+        self.denoiser, self.calls = denoiser, 0
+
+    def __call__(self, x, t):
+        self.calls += 1
+        return self.denoiser(x, t)
+
+
+def other_law():
+    return artlib.Gaussian(torch.zeros(3), torch.diag(1.01 * VARIANCES))
+
+
+def test_a_file_of_another_problem_is_refused_and_stays(flow, noises, tmp_path):
+    file, process = tmp_path / "table.json", flow.process
+    schedules, budgets = {"EDM": artlib.edm(process)}, {"euler": [2]}
+    ends = exact_ends(noises)
+    compare(flow, schedules, noises, budgets, ends=ends, file=file)
+    before = file.read_bytes()
+    other = artlib.ProbabilityFlow(process, other_law().denoiser(process))
+    moved = [noises[0].clone(), noises[1].clone()]
+    moved[1][7, 1] += 0.1  # one number of the second seed
+    shorter = artlib.VE(sigma_max=19.0)
+    short = artlib.ProbabilityFlow(shorter, other_law().denoiser(shorter))
+    for run, part in (
+        (
+            lambda: compare(other, schedules, noises, budgets, ends=ends, file=file),
+            "the flow's denoiser",
+        ),
+        (
+            lambda: compare(flow, schedules, moved, budgets, ends=ends, file=file),
+            "noises",
+        ),
+        (
+            lambda: compare(
+                flow, schedules, noises[::-1], budgets, ends=ends[::-1], file=file
+            ),
+            "noises",
+        ),
+        (
+            lambda: compare(
+                flow, schedules, noises[:1], budgets, ends=ends[:1], file=file
+            ),
+            "noises",
+        ),
+        (
+            lambda: compare(
+                flow,
+                schedules,
+                [n.half() for n in noises],
+                budgets,
+                ends=ends,
+                file=file,
+            ),
+            "the dtype",
+        ),
+        (
+            lambda: compare(
+                flow,
+                schedules,
+                noises,
+                budgets,
+                file=file,
+                ends=[ends[0], 1.1 * ends[1]],
+            ),
+            "ends",
+        ),
+        (
+            lambda: compare(
+                short,
+                {"EDM": artlib.edm(shorter)},
+                noises,
+                budgets,
+                ends=ends,
+                file=file,
+            ),
+            "the flow's process",
+        ),
+    ):
+        with pytest.raises(ValueError, match=rf"table\.json .* comparison: {part}"):
+            run()
+        assert file.read_bytes() == before
+    # Rounding of another processor is no other problem.
+    near = [noise * (1 + 1e-9) for noise in noises]
+    compare(flow, schedules, near, budgets, ends=ends, file=file)
+
+
+def test_cells_of_another_grid_or_measure_are_computed_again(flow, noises, tmp_path):
+    file, process, ends = tmp_path / "table.json", flow.process, exact_ends(noises)
+    counter = Count(flow.denoiser)
+    counted = flow.with_denoiser(counter)
+
+    def run(schedule, steps, measure=None, label="EDM", file=file):
+        counter.calls = 0
+        return compare(
+            counted,
+            {label: schedule},
+            noises,
+            {"euler": steps},
+            ends=ends,
+            measure=measure,
+            file=file,
+        )
+
+    edm, uniform = artlib.edm(process), artlib.uniform(process)
+    run(edm, [2, 3])
+    assert counter.calls == 2 * (2 + 3) + 3  # two seeds; and three to know the flow
+    run(edm, [2, 3])
+    assert counter.calls == 3
+    fresh = run(uniform, [3], file=None)
+    table = run(uniform, [3])
+    assert table == fresh  # nothing of EDM under the label, not with 2 steps either
+    assert "euler 2" not in json.loads(file.read_text())["cells"]
+    assert run(uniform, [2, 3]) == run(uniform, [2, 3], file=None)
+
+    def mean(x):
+        return {"size": float(x.mean())}
+
+    def spread(x):
+        return {"size": float(x.std())}
+
+    assert run(uniform, [2, 3], mean) == run(uniform, [2, 3], mean, file=None)
+    assert run(uniform, [2, 3], spread) == run(uniform, [2, 3], spread, file=None)
+    assert run(uniform, [2, 3], spread) == run(uniform, [2, 3], spread, file=None)
+    run(uniform, [2, 3], spread)
+    assert counter.calls == 3
+    with pytest.raises(ValueError, match=r"table\.json holds 'size' of 'EDM' by ano"):
+        run(edm, [2], mean, label="other")
+    # Without measures, what is there of other labels stays.
+    table = run(edm, [2], label="other")
+    assert table.labels("euler") == ["EDM", "other"]
+
+
+def test_files_without_origin_are_refused_and_still_read(flow, noises, tmp_path):
+    file, ends = tmp_path / "table.json", exact_ends(noises)
+    arguments = (flow, {"EDM": artlib.edm(flow.process)}, noises, {"euler": [2]})
+    table = compare(*arguments, ends=ends)
+    file.write_text(json.dumps(table.to_dict()))
+    with pytest.raises(ValueError, match=r"table\.json does not say what made"):
+        compare(*arguments, ends=ends, file=file)
+    assert Comparison.from_dict(json.loads(file.read_text())) == table
+
+
+WRITER = """
+import sys, torch, artlib
+label, path = sys.argv[1:]
+process = artlib.VE(sigma_max=20.0)
+law = artlib.Gaussian([0.0], [[1.0]])
+flow = artlib.ProbabilityFlow(process, law.denoiser(process))
+noise = torch.linspace(-20, 20, 6, dtype=torch.float64)[:, None]
+print("ready", flush=True)
+sys.stdin.readline()
+artlib.compare(
+    flow, {label: artlib.edm(process)}, [noise], {"euler": list(range(1, 41))},
+    ends=[noise / 20], file=path,
+)
+"""
+
+
+def test_several_writers_lose_nothing(tmp_path):
+    file = tmp_path / "table.json"
+    root = str(Path(artlib.__file__).resolve().parent.parent)
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, label, str(file)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": root},
+        )
+        for label in "AB"
+    ]
+    for run in runs:
+        assert run.stdout.readline() == "ready\n"
+    for run in runs:
+        run.stdin.write("go\n")
+        run.stdin.flush()
+    for run in runs:
+        run.communicate(timeout=120)
+        assert run.returncode == 0
+    table = Comparison.from_dict(json.loads(file.read_text()))
+    for K in range(1, 41):
+        assert set(table.cells[f"euler {K}"]) == set("AB")
+        assert len(table.sample_errors("euler", K, "B")) == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
+
+
+def test_a_file_that_another_run_does_not_let_go_is_named(
+    flow, noises, tmp_path, monkeypatch
+):
+    file, ends = tmp_path / "table.json", exact_ends(noises)
+    arguments = (flow, {"EDM": artlib.edm(flow.process)}, noises, {"euler": [2]})
+    monkeypatch.setattr("artlib._comparison_file._PATIENCE", 0.1)
+    with (
+        _comparison_file._alone(file, str(file)),
+        pytest.raises(TimeoutError, match=r"table\.json is being written by another"),
+    ):
+        compare(*arguments, ends=ends, file=file)
+    compare(*arguments, ends=ends, file=file)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_measure_that_is_no_number_is_refused(flow, noises, tmp_path, value):
+    file, ends = tmp_path / "table.json", exact_ends(noises)
+    schedules = {"EDM": artlib.edm(flow.process)}
+    for more in ({}, {"file": file}):
+        with pytest.raises(ValueError, match="measure: 'm' of 'EDM' with euler, K = 2"):
+            compare(
+                flow,
+                schedules,
+                noises,
+                {"euler": [2]},
+                ends=ends,
+                measure=lambda x: {"m": value},
+                **more,
+            )
+    json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(name))
+
+
+def test_a_schedule_of_another_process_is_refused(flow, noises):
+    other = artlib.VE(sigma_max=19.0)
+    ends = exact_ends(noises)
+    for schedule in (artlib.edm(other), artlib.uniform(artlib.VP())):
+        with pytest.raises(ValueError, match=r"schedules: 'S' was made for V.*convert"):
+            compare(flow, {"S": schedule}, noises, {"euler": [2]}, ends=ends)
 
 
 def test_text_has_every_schedule_with_nfe_mean_and_spread(flow, noises):
