@@ -8,13 +8,15 @@ functions here behave alike in all three, so that a chapter never asks where it 
 * :func:`show` displays a figure exactly once.
 * :func:`full` and :func:`device` say how much to compute, and where.
 * :func:`save_results` and :func:`load_results` keep the tables of full runs in
-  ``notebooks/results/NAME.json``, each with the circumstances it was made in;
+  ``notebooks/results/NAME.json`` of the clone (``ARTLIB_RESULTS`` names another
+  folder), each with the circumstances it was made in;
   :func:`comparison` does that for tables of schedules, and checks a part, and
   :func:`learned` for schedules.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import io
 import json
@@ -156,15 +158,22 @@ def load_results(name: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(
             f"no results named {name!r} in {path.parent}: "
-            "run the chapter at full size first (make full CHAPTER=NN)"
+            "run the chapter at full size first (make full CHAPTER=NN), or name the "
+            "folder that has them in the environment variable ARTLIB_RESULTS"
         )
     loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return loaded
 
 
 def scratch(name: str) -> Path:
-    """A file for what a long run keeps until it is done, under ``_build``."""
-    folder = _results_dir().parent.parent / "_build"
+    """A file for what a long run keeps until it is done, in ``_build`` of the clone.
+
+    Where ``ARTLIB_RESULTS`` names a folder of another form than
+    ``.../notebooks/results``, ``_build`` is in it.
+    """
+    results = _results_dir()
+    home = results.parent.parent if results.parent.name == "notebooks" else results
+    folder = home / "_build"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / name
 
@@ -177,9 +186,26 @@ def _in_kernel() -> bool:
 
 
 def _results_dir() -> Path:
-    """``notebooks/results``; chapters run inside ``notebooks``, scripts at the top."""
-    here = Path.cwd()
-    return (here if here.name == "notebooks" else here / "notebooks") / "results"
+    """``notebooks/results`` of the clone that this module or the chapter is part of.
+
+    ``ARTLIB_RESULTS`` names another folder. The clone of the package goes before the
+    current folder: after a restart of a kernel, that may be any folder. A package
+    that was installed has no clone, so the folders around the chapter are looked at.
+    """
+    if chosen := os.environ.get("ARTLIB_RESULTS"):
+        return Path(chosen).expanduser().absolute()
+    around = [Path(__file__).resolve().parent.parent]
+    with contextlib.suppress(FileNotFoundError):  # a current folder that is gone
+        here = Path.cwd()
+        around += [here, *here.parents]
+    for folder in around:
+        if (results := folder / "notebooks" / "results").is_dir():
+            return results
+    raise FileNotFoundError(
+        f"no folder notebooks/results beside the package ({around[0]}) nor around the "
+        "current folder: run the chapter inside a clone of the book's repository, or "
+        "name the folder of the results in the environment variable ARTLIB_RESULTS"
+    )
 
 
 def _commit() -> str:

@@ -93,10 +93,14 @@ def test_figures_have_a_caption_and_a_text(path: Path) -> None:
 
 @chapters
 def test_first_cell_is_the_common_one(path: Path) -> None:
-    first = notebook(path).cells[0]
-    assert first.source == FIRST_CELL.read_text(encoding="utf-8").rstrip()
-    assert first.metadata.tags == FIRST_TAGS
-    assert URL in first.source
+    # What tests/test_first_cell.py shows of the one file is then true of all chapters.
+    (common,) = to_notebook("").cells
+    first = dict(notebook(path).cells[0])
+    assert (first.pop("execution_count"), common.pop("execution_count")) == (1, None)
+    assert first == common, "run: python tools/md2nb.py --first-cell notebooks/*.ipynb"
+    assert first["source"] == FIRST_CELL.read_text(encoding="utf-8").rstrip()
+    assert first["metadata"] == {"tags": FIRST_TAGS}
+    assert first["outputs"] == [], "inside a clone it says nothing"
 
 
 @chapters
@@ -198,6 +202,15 @@ def test_version_is_the_same_everywhere() -> None:
     assert latest is not None
     assert latest[1] == version
     assert latest[2] == yaml.safe_load(read("CITATION.cff"))["date-released"]
+
+
+def test_first_cell_names_the_release_that_the_chapters_belong_to() -> None:
+    # The tag of the version or, while there are changes without one, of a later one: a
+    # clone of the last release lacks what the chapters of today use.
+    (tag,) = re.findall(r'^release = "v(.+?)"', FIRST_CELL.read_text(), re.MULTILINE)
+    unreleased = read("CHANGELOG.md").split("## [Unreleased]")[1].split("\n## [")[0]
+    last = Version(PROJECT["version"])
+    assert Version(tag) > last if unreleased.strip() else Version(tag) == last
 
 
 def test_address_of_the_repository_is_the_same_everywhere() -> None:

@@ -25,8 +25,7 @@ def noise(n, seed):
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    (tmp_path / "notebooks").mkdir()
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ARTLIB_RESULTS", str(tmp_path / "notebooks" / "results"))
     monkeypatch.delenv("ARTLIB_FULL", raising=False)
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import md2nb
 import nbformat
 import pytest
 import torch
@@ -85,6 +86,38 @@ def test_text_becomes_a_notebook_and_text_again() -> None:
 def test_what_is_no_chapter_is_refused(text: str, message: str) -> None:
     with pytest.raises(ChapterError, match=message):
         to_notebook(text)
+
+
+def test_first_cell_is_renewed_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / "a.ipynb", tmp_path / "b.ipynb"]
+    for path in paths:
+        notebook = to_notebook(CHAPTER)
+        for count, cell in enumerate(c for c in notebook.cells if "outputs" in c):
+            cell.execution_count = count + 1
+        notebook.cells[-1].outputs = [nbformat.v4.new_output("stream", text="2\n")]
+        path.write_text(nbformat.writes(notebook) + "\n")
+    before = paths[0].read_text()
+    command = ["md2nb.py", "--first-cell", *map(str, paths)]
+    monkeypatch.setattr(sys, "argv", command)
+    md2nb.main()
+    assert [path.read_text() for path in paths] == [before] * 2
+    other = tmp_path / "other.py"
+    other.write_text("# Set-up, another one.\nfrom artlib import book\n")
+    monkeypatch.setattr(md2nb, "FIRST_CELL", other)
+    md2nb.main()
+    cells, old = json.loads(paths[1].read_text())["cells"], json.loads(before)["cells"]
+    assert "".join(cells[0].pop("source")) == other.read_text().rstrip()
+    assert cells[0].pop("id") == to_notebook("").cells[0].id != old[0].pop("id")
+    del old[0]["source"]
+    assert cells == old
+    paths[0].write_text(json.dumps({**json.loads(before), "cells": old[1:]}))
+    with pytest.raises(SystemExit, match=r"a\.ipynb: its first cell is no code cell"):
+        md2nb.main()
+    monkeypatch.setattr(sys, "argv", ["md2nb.py", "--reverse", "a.ipynb"])
+    with pytest.raises(SystemExit):
+        md2nb.main()
 
 
 def test_chapter_runs_without_jupyter(tmp_path: Path) -> None:
@@ -193,14 +226,14 @@ def test_chapters_run_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_results_come_back_with_their_circumstances(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "notebooks" / "results"
+    monkeypatch.setenv("ARTLIB_RESULTS", str(folder))
     monkeypatch.setenv("ARTLIB_DEVICE", "cpu")
-    with pytest.raises(FileNotFoundError, match="make full"):
+    with pytest.raises(FileNotFoundError, match=r"make full.*ARTLIB_RESULTS"):
         book.load_results("table")
     path = book.save_results("table", {"w2": [0.5, 0.25]}, seed=3)
-    assert path == tmp_path / "notebooks" / "results" / "table.json"
+    assert path == folder / "table.json"
     assert [p.name for p in path.parent.iterdir()] == ["table.json"]
-    monkeypatch.chdir(tmp_path / "notebooks")  # as a chapter does
     loaded = book.load_results("table")
     assert loaded["results"] == {"w2": [0.5, 0.25]}
     made = loaded["made"]
@@ -213,3 +246,42 @@ def test_results_come_back_with_their_circumstances(
     with pytest.raises(ValueError, match="not JSON compliant"):
         book.save_results("table", {"w2": float("nan")}, seed=3)
     assert json.loads(path.read_text()) == loaded
+
+
+def test_results_belong_to_the_clone_and_not_to_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ARTLIB_RESULTS", raising=False)
+    monkeypatch.setenv("ARTLIB_DEVICE", "cpu")
+    clone, other = tmp_path / "clone", tmp_path / "other"
+    for folder in (clone, other):
+        (folder / "notebooks" / "results").mkdir(parents=True)
+    (other / "notebooks" / "results" / "b.json").write_text('{"results": 2}')
+    # The package of a clone: its results are found and written from everywhere.
+    monkeypatch.setattr(book, "__file__", str(clone / "artlib" / "book.py"))
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    for place in (clone / "notebooks", other, gone):
+        monkeypatch.chdir(place)
+        path = book.save_results("a", {"x": 1}, seed=0)
+        assert path == clone / "notebooks" / "results" / "a.json"
+        assert book.load_results("a")["results"] == {"x": 1}
+        assert book.scratch("s") == clone / "_build" / "s"
+    with pytest.raises(FileNotFoundError, match="no results named 'b'"):
+        book.load_results("b")
+    gone.rmdir()  # the current folder of a kernel may vanish
+    assert book.load_results("a")["results"] == {"x": 1}
+    # A package that was installed: the clone around the chapter.
+    monkeypatch.setattr(book, "__file__", str(tmp_path / "site" / "artlib" / "book.py"))
+    with pytest.raises(FileNotFoundError, match=r"inside a clone .* ARTLIB_RESULTS"):
+        book.load_results("a")
+    for place in ("", "notebooks", "notebooks/results"):
+        monkeypatch.chdir(other / place)
+        assert book.load_results("b")["results"] == 2
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"inside a clone .* ARTLIB_RESULTS"):
+        book.scratch("s")
+    # A folder that was named goes before all others, and need not exist.
+    monkeypatch.setenv("ARTLIB_RESULTS", "mine")
+    assert book.save_results("a", {}, seed=0) == tmp_path / "mine" / "a.json"
+    assert book.scratch("s") == tmp_path / "mine" / "_build" / "s"

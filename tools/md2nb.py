@@ -2,6 +2,7 @@ r"""Turn a chapter written as text into an unexecuted notebook, and back.
 
     python tools/md2nb.py chapter.md notebooks/04-name.ipynb
     python tools/md2nb.py --reverse notebooks/04-name.ipynb chapter.md
+    python tools/md2nb.py --first-cell notebooks/*.ipynb
 
 The text is MyST Markdown. A fenced ``{code-cell}`` block is a code cell; everything
 between two of them is one Markdown cell (a line ``+++`` splits it). Options stand at
@@ -16,7 +17,8 @@ the top of a block, one a line, and a longer value goes on in indented lines:
     ```
 
 The set-up cell (tools/first_cell.py) is put first by the converter and left out on
-the way back. A cell's id is a hash of its content, so equal text gives equal files.
+the way back; the third form puts it into executed notebooks and keeps all else. A
+cell's id is a hash of its content, so equal text gives equal files.
 """
 
 from __future__ import annotations
@@ -51,8 +53,7 @@ class ChapterError(ValueError):
 
 def to_notebook(text: str) -> nbformat.NotebookNode:
     """Build the notebook of a chapter's text."""
-    first = FIRST_CELL.read_text(encoding="utf-8").rstrip()
-    cells = [_cell("code", first, {"tags": FIRST_TAGS})]
+    cells = [_first_cell()]
     prose: list[str] = []
     lines = iter(enumerate(text.splitlines(), start=1))
     fence = ""  # the fence of the non-executable block we are in, if any
@@ -86,6 +87,20 @@ def to_notebook(text: str) -> nbformat.NotebookNode:
     return notebook
 
 
+def renew_first_cell(text: str) -> str:
+    """The text of a notebook's file with the set-up cell of today.
+
+    The outputs of the chapter do not depend on that cell, so they stay.
+    """
+    notebook = nbformat.reads(text, as_version=4)
+    old = notebook.cells[0]
+    if old.metadata.get("tags") != FIRST_TAGS or old.cell_type != "code":
+        raise ChapterError(f"its first cell is no code cell with the tags {FIRST_TAGS}")
+    new = _first_cell()
+    old.source, old.id = new.source, new.id
+    return nbformat.writes(notebook).rstrip("\n") + "\n"
+
+
 def to_text(notebook: nbformat.NotebookNode) -> str:
     """Write a notebook as a chapter's text, without its set-up cell and outputs."""
     blocks = []
@@ -99,6 +114,11 @@ def to_text(notebook: nbformat.NotebookNode) -> str:
             )
         previous = cell.cell_type
     return "\n\n".join(blocks) + "\n"
+
+
+def _first_cell() -> nbformat.NotebookNode:
+    source = FIRST_CELL.read_text(encoding="utf-8").rstrip()
+    return _cell("code", source, {"tags": FIRST_TAGS})
 
 
 def _flush(prose: list[str], cells: list[nbformat.NotebookNode]) -> None:
@@ -178,19 +198,28 @@ def _cell(kind: str, source: str, metadata: dict[str, Any]) -> nbformat.Notebook
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
-    parser.add_argument("--reverse", action="store_true", help="notebook to text")
+    parser.add_argument("paths", type=Path, nargs="+", metavar="path")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--reverse", action="store_true", help="notebook to text")
+    form.add_argument(
+        "--first-cell", action="store_true", help="renew that of the notebooks"
+    )
     arguments = parser.parse_args()
-    try:
-        if arguments.reverse:
-            notebook = nbformat.read(arguments.source, as_version=4)
-            arguments.target.write_text(to_text(notebook), encoding="utf-8")
-        else:
-            text = arguments.source.read_text(encoding="utf-8")
-            nbformat.write(to_notebook(text), arguments.target)
-    except ChapterError as error:
-        sys.exit(f"{arguments.source}: {error}")
+    paths: list[Path] = arguments.paths
+    if not arguments.first_cell and len(paths) != 2:
+        parser.error(f"expected a source and a target, got {len(paths)} paths")
+    for path in paths if arguments.first_cell else paths[:1]:
+        text = path.read_text(encoding="utf-8")
+        try:
+            if arguments.first_cell:
+                path.write_text(renew_first_cell(text), encoding="utf-8")
+            elif arguments.reverse:
+                chapter = to_text(nbformat.reads(text, as_version=4))
+                paths[1].write_text(chapter, encoding="utf-8")
+            else:
+                nbformat.write(to_notebook(text), paths[1])
+        except ChapterError as error:
+            sys.exit(f"{path}: {error}")
 
 
 if __name__ == "__main__":
