@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ._checks import finite_float, positive_int
+from ._files import check_output
 from ._rl_networks import Constraint
 
 
@@ -48,7 +48,7 @@ def check_plan(
         checkpoint: The file to write to.
 
     Raises:
-        FileNotFoundError: If there is no folder to write the file to.
+        OSError: If the file cannot be written, see `check_output`.
         ValueError: If the actor would never learn.
     """
     if iterations <= warm_up:
@@ -56,12 +56,9 @@ def check_plan(
             f"iterations: {iterations} do not outlast the warm-up of {warm_up}, and "
             "the actor would never learn; pass more of them, or a smaller warm_up"
         )
-    if checkpoint is not None:
-        folder = Path(os.path.realpath(checkpoint)).parent
-        if not folder.is_dir():  # now, not after hundreds of iterations
-            raise FileNotFoundError(
-                f"checkpoint: there is no folder {str(folder)!r}; make it first"
-            )
+    # Now, not after hundreds of iterations. (Of a folder, loading it says what it is.)
+    if checkpoint is not None and not os.path.isdir(checkpoint):
+        check_output(checkpoint)
 
 
 def same_length(planned: int, iterations: int) -> int:

@@ -24,7 +24,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -33,6 +32,7 @@ from matplotlib.figure import Figure
 
 from . import __version__
 from ._book_comparison import comparison, learned
+from ._files import write_bytes
 
 __all__ = [
     "comparison",
@@ -143,12 +143,7 @@ def save_results(name: str, results: dict[str, Any], *, seed: int) -> Path:
     text = json.dumps({"made": made, "results": results}, indent=1, allow_nan=False)
     path = _results_dir() / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{name}-", delete=False, encoding="utf-8"
-    ) as file:
-        file.write(text + "\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_bytes(path, f"{text}\n".encode())
     return path
 
 
