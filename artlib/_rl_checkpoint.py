@@ -13,15 +13,48 @@ import hashlib
 import json
 import math
 import os
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._state_file import StateFileError, read_state, write_state
+from ._state_file import (
+    Rule,
+    StateFileError,
+    check_header,
+    is_count,
+    is_number,
+    is_text,
+    read_state,
+    write_state,
+)
 from ._stiffness import StiffnessTable
 
 _KIND = "artlib-actor-critic"
+
+
+_CRITIC_STEP = re.compile(r"critic\..*\.step")
+
+
+def _is_running(value: Any) -> bool:
+    """A running number of the watch, which begins as NaN or infinity."""
+    return isinstance(value, float) or is_number(value)
+
+
+_WATCH_RULES: dict[str, Rule] = {
+    "recent": _is_running,
+    "best": lambda value: _is_running(value) and not math.isnan(value),
+    "warned": lambda value: isinstance(value, bool),
+}
+_RULES: dict[str, Rule] = {
+    "iteration": is_count,
+    "iterations": is_count,
+    "multiplier": is_number,
+    "watch": lambda value: isinstance(value, dict),
+    "nfe": is_count,
+    "problem": is_text,
+}
 
 
 class CheckpointError(StateFileError):
@@ -61,15 +94,21 @@ def save_state(
 
 
 def load_state(
-    path: str | os.PathLike[str], tensors: dict[str, Tensor], scalars: dict[str, Any]
+    path: str | os.PathLike[str],
+    tensors: dict[str, Tensor],
+    scalars: dict[str, Any],
+    *,
+    critic_updates: int,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint and check it against the trainer's own state.
 
     Args:
         path: The file.
-        tensors: The trainer's tensors: names and shapes have to match, and "lengths"
-            to a tolerance.
+        tensors: The trainer's tensors: names, types and shapes have to match, and
+            "lengths" to a tolerance.
         scalars: The trainer's scalars: names and "problem" have to match.
+        critic_updates: Steps of the critic's optimiser per iteration, by which the
+            number of iterations is known a second time.
 
     Returns:
         Tensors and scalars of the file.
@@ -81,16 +120,19 @@ def load_state(
     name = os.fspath(path)
     try:
         found, state = read_state(path, kind=_KIND)
+        check_header(state, path, _RULES)
+        check_header(state["watch"], path, _WATCH_RULES)
     except StateFileError as error:
         raise CheckpointError(str(error)) from error
-    try:
-        same_problem = state["problem"] == scalars["problem"]
-        intact = 0 <= state["iteration"] <= state["iterations"]
-        intact = intact and math.isfinite(state["multiplier"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{name}: its header is damaged; delete it") from error
-    if not intact:
-        raise CheckpointError(f"{name}: damaged, its header is wrong; delete it")
+    done = state["iteration"]
+    steps = {int(t) for key, t in found.items() if _CRITIC_STEP.fullmatch(key)}
+    if done > state["iterations"] or not steps <= {done * critic_updates}:
+        raise CheckpointError(
+            f"{name}: damaged, its header says iteration {done} of "
+            f"{state['iterations']}, its optimiser {sorted(steps)} steps of "
+            f"{critic_updates} each; delete it"
+        )
+    same_problem = state["problem"] == scalars["problem"]
     lengths = found.get("lengths", torch.zeros(0))
     if not same_problem or not _close(lengths, tensors["lengths"]):
         raise CheckpointError(
@@ -105,10 +147,14 @@ def load_state(
     wrong = [
         key
         for key, tensor in tensors.items()
-        if key not in found or found[key].shape != tensor.shape
+        if key not in found
+        or (found[key].shape, found[key].dtype) != (tensor.shape, tensor.dtype)
     ]
-    if wrong or set(state) != set(scalars):
-        raise CheckpointError(f"{name}: incomplete, {wrong[:3]} missing; delete it")
+    if wrong or set(state) != set(scalars) or set(state["watch"]) != set(_WATCH_RULES):
+        raise CheckpointError(
+            f"{name}: incomplete, {wrong[:3] or 'parts of its header'} missing; delete "
+            "it"
+        )
     return found, state
 
 

@@ -2,6 +2,10 @@
 
 Used for checkpoints and for the weights of the zoo. Nothing is pickled; a truncated,
 altered or foreign file is refused by a message that names it.
+
+Two check sums are in a file: one of the tensors, and one of everything, that is kind,
+version, header, names, types and shapes, and the first. Files of artlib 0.1.0 have only
+the first, so readers also check the fields of a header, with `check_header`.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -50,6 +55,7 @@ def write_state(
         "state": json.dumps(header),
         "sha256": _digest(data),
     }
+    metadata["sha256_of_all"] = _digest_of_all(metadata, data)
     try:
         write_bytes(path, save(data, metadata=metadata))
     except OSError as error:
@@ -61,7 +67,11 @@ def write_state(
 
 
 def read_state(
-    path: str | os.PathLike[str], *, kind: str, version: int = 1
+    path: str | os.PathLike[str],
+    *,
+    kind: str,
+    version: int = 1,
+    known: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_state` wrote.
 
@@ -69,6 +79,8 @@ def read_state(
         path: The file.
         kind: What it has to be.
         version: That this code reads.
+        known: For files without a check sum of everything: what it has to be, by the
+            check sum of the tensors.
 
     Returns:
         Tensors (on the CPU) and header.
@@ -77,13 +89,17 @@ def read_state(
         StateFileError: If it is truncated, altered, of another kind or version, or
             holds a NaN.
         FileNotFoundError: If there is none.
+        PermissionError: If it may not be read.
     """
     name = os.fspath(path)
+    if os.path.exists(name) and not os.path.isfile(name):
+        what = "a folder" if os.path.isdir(name) else "a pipe or a device"
+        raise StateFileError(f"{name}: no safetensors file but {what}; name another")
     try:
         with safe_open(name, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise
     except (SafetensorError, OSError) as error:
         raise StateFileError(
@@ -95,18 +111,74 @@ def read_state(
     if metadata.get("version") != str(version):
         raise StateFileError(
             f"{name}: written by another version of the format "
-            f"({metadata.get('version')}, this is {version}); update artlib"
+            f"({metadata.get('version')!r}, this is {version}); update artlib"
         )
-    if metadata.get("sha256") != _digest(tensors):
+    digest = _digest(tensors)
+    if metadata.get("sha256") != digest:
         raise StateFileError(f"{name}: damaged, its check sum is wrong; delete it")
     broken = [key for key, t in tensors.items() if not bool(torch.isfinite(t).all())]
     if broken:
         raise StateFileError(f"{name}: {broken[:3]} hold NaN; delete it")
     try:
-        header: dict[str, Any] = json.loads(metadata["state"])
-    except (KeyError, ValueError) as error:
+        header = json.loads(metadata["state"])
+        whole = _digest_of_all(metadata, tensors)
+    except (KeyError, ValueError, RecursionError) as error:
         raise StateFileError(f"{name}: its header is damaged; delete it") from error
+    if metadata.get("sha256_of_all", (known or {}).get(digest, whole)) != whole:
+        raise StateFileError(
+            f"{name}: damaged, its header is not the one that it was written with; "
+            "delete it and make or fetch it again"
+        )
+    if not isinstance(header, dict):
+        raise StateFileError(f"{name}: its header is no JSON object; delete it")
     return tensors, header
+
+
+Rule = Callable[[Any], bool]
+"""Whether a value of a header may be what it is."""
+
+
+def check_header(
+    header: Mapping[str, Any], path: str | os.PathLike[str], rules: Mapping[str, Rule]
+) -> None:
+    """Refuse a header with a field that is missing or cannot be.
+
+    Args:
+        header: Of the file.
+        path: Of the file, for the message.
+        rules: By the name of the field.
+
+    Raises:
+        StateFileError: Naming file, field and value.
+    """
+    for name, good in rules.items():
+        if name not in header:
+            what = f"lacks {name}"
+        elif not good(header[name]):
+            what = f"has {header[name]!r:.80} for {name}"
+        else:
+            continue
+        raise StateFileError(
+            f"{os.fspath(path)}: damaged, its header {what}, which cannot be; delete "
+            "it and make or fetch it again"
+        )
+
+
+def is_count(value: Any, *, least: int = 0) -> bool:
+    """Whether a value is a whole number, and not less than the least."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: Any, *, positive: bool = False) -> bool:
+    """Whether a value is a finite number (and > 0)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= 1e300 and (value > 0 or not positive)
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is text, and not empty."""
+    return isinstance(value, str) and value != ""
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
@@ -117,3 +189,23 @@ def _digest(tensors: dict[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _digest_of_all(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> str:
+    """Of kind, version, header, and names, types, shapes and values of the tensors.
+
+    The header counts by its content, so that its JSON may be written in another order.
+
+    Raises:
+        KeyError: If there is no header.
+        ValueError: If it is no JSON.
+    """
+    content = {
+        "format": metadata["format"],
+        "version": metadata["version"],
+        "header": json.loads(metadata["state"]),
+        "tensors": [[k, str(t.dtype), list(t.shape)] for k, t in tensors.items()],
+        "sha256": metadata["sha256"],
+    }
+    content["tensors"].sort()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

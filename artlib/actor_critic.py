@@ -328,7 +328,12 @@ class ActorCritic:
             CheckpointError: If it is damaged, foreign, or of another problem; this
                 trainer is then unchanged.
         """
-        tensors, scalars = load_state(path, self._tensors(), self._scalars())
+        tensors, scalars = load_state(
+            path,
+            self._tensors(),
+            self._scalars(),
+            critic_updates=self.options.critic_updates,
+        )
         self._loop.restore(tensors)
         for name in ("iteration", "iterations", "multiplier"):
             setattr(self._loop, name, scalars[name])

@@ -6,6 +6,7 @@ are made once; everything else is short or needs no training at all.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import warnings
@@ -707,14 +708,14 @@ def flip(file: Path) -> None:
 
 
 def rewrite(file: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    """Change tensors, and make the check sum fit again."""
-    from artlib._state_file import _digest
+    """Change tensors, and make the check sums fit again."""
+    from artlib import _state_file
 
     with safe_open(str(file), framework="pt") as handle:
-        header = handle.metadata()
+        header = json.loads(handle.metadata()["state"])
     tensors = load_file(file)
     change(tensors)
-    save_file(tensors, file, metadata={**header, "sha256": _digest(tensors)})
+    _state_file.write_state(file, tensors, header, kind="artlib-actor-critic")
 
 
 def put_nan(file: Path) -> None:
