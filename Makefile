@@ -58,7 +58,7 @@ full: $(INSTALLED)
 	ARTLIB_FULL=1 $(PY) tools/run_chapter.py $(CHAPTER)
 
 zoo: $(INSTALLED)
-	$(PY) -m artlib.zoo.train missing
+	$(PY) -m artlib.zoo.train missing --out artlib/zoo/weights --checkpoints _build/zoo
 
 bench: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(PY) tools/bench.py

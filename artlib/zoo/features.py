@@ -27,8 +27,17 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_samples
-from .._state_file import StateFileError, read_state
-from .networks import WEIGHTS
+from .._state_file import (
+    Rule,
+    StateFileError,
+    check_header,
+    is_count,
+    is_number,
+    is_text,
+    read_state,
+)
+from ._shipped import CHECK_SUMS
+from .networks import weight_file
 
 KIND = "artlib-zoo-features"
 
@@ -231,7 +240,7 @@ def features(
     Raises:
         ValueError: If there is no network of that name.
         FileNotFoundError: If the weight file is missing.
-        StateFileError: If it is damaged or of another kind.
+        StateFileError: If it is damaged, of another kind or not what it should be.
 
     Example:
         >>> import artlib
@@ -240,20 +249,35 @@ def features(
         torch.Size([400, 64])
     """
     path = _path(name)
-    tensors, header = read_state(path, kind=KIND)
+    tensors, header = read_state(path, kind=KIND, known=CHECK_SUMS)
+    rules: dict[str, Rule] = {
+        "name": lambda name: is_text(name) and name in BUILD,
+        "reference_n": lambda n: is_count(n, least=2),
+    }
+    check_header(header, path, rules)
     try:
         reference = Reference(
             tensors.pop("reference.mean").double(),
             tensors.pop("reference.cov").double(),
-            int(header["reference_n"]),
+            header["reference_n"],
         )
         network = BUILD[header["name"]]()
         network.load_state_dict({key: t.float() for key, t in tensors.items()})
-    except (KeyError, RuntimeError) as error:
+        size = network.head.in_features
+        if (reference.mean.shape, reference.cov.shape) != ((size,), (size, size)):
+            raise ValueError(
+                f"reference.mean and .cov are not those of {size} features"
+            )
+    except (KeyError, RuntimeError, ValueError) as error:
         raise StateFileError(
             f"{path}: its tensors do not fit the network of its header; train or fetch "
             f"it again ({str(error).splitlines()[0]})"
         ) from error
+    rules = {
+        "measure": is_text,
+        "test_accuracy": lambda a: is_number(a) and 0 <= a <= 1,
+    }
+    check_header(header, path, rules)
     return FeatureNet(network, reference, header).to(device)
 
 
@@ -265,4 +289,10 @@ def _path(name: str | os.PathLike[str]) -> Path:
             f"name: expected one of {list(NAMES)} or the path of a .safetensors file, "
             f"got {str(name)!r}"
         )
-    return WEIGHTS / f"{NAMES[str(name)]}.safetensors"
+    path = weight_file(NAMES[str(name)])
+    if path is None:
+        raise FileNotFoundError(
+            f"{name}: its weights are not packaged; train it with: "
+            f"python -m artlib.zoo.train_features {NAMES[str(name)]}"
+        )
+    return path

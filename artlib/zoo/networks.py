@@ -3,21 +3,33 @@
 Weights are half-precision safetensors with everything that is needed to use them in
 the header (size of the network, standard deviation of its data, how it was trained).
 They are packaged with the library, under ``artlib/zoo/weights``; how each one was
-trained, its loss curve, time and device stand beside it as JSON.
+trained, its loss curve, time and device stand beside it as JSON. What a user trains is
+written to the folder of `trained_folder` and found there.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._state_file import StateFileError, read_state, write_state
+from .._state_file import (
+    StateFileError,
+    check_header,
+    is_count,
+    is_number,
+    is_text,
+    read_state,
+    write_state,
+)
 from ..denoisers import Denoiser, from_edm
 from ..processes import VE, Process
+from ._fetch import folders
+from ._shipped import CHECK_SUMS
 from .autoencoder import Autoencoder, AutoencoderConfig
 from .recipes import RECIPES, AutoencoderRecipe, recipe
 from .unet import UNet, UNetConfig
@@ -27,6 +39,27 @@ _AUTOENCODER_KIND = "artlib-zoo-autoencoder"
 
 WEIGHTS = Path(__file__).parent / "weights"
 """Where the packaged weights are."""
+
+
+def trained_folder() -> Path:
+    """Where weights that a user trains are put and found: beside the data sets' cache.
+
+    Raises:
+        FileNotFoundError: If there is no such place.
+    """
+    if not (places := folders()):
+        raise FileNotFoundError(
+            "this user has no home folder; set ARTLIB_DATA to one, or name a folder "
+            "with --out"
+        )
+    return places[0] / "zoo"
+
+
+def weight_file(name: str) -> Path | None:
+    """The packaged weight file of that name, or one that was trained here, or None."""
+    places = [WEIGHTS, *(folder / "zoo" for folder in folders())]
+    found = (place / f"{name}.safetensors" for place in places)
+    return next((path for path in found if path.is_file()), None)
 
 
 class ZooDenoiser(Denoiser):
@@ -97,8 +130,8 @@ def load(
     """A trained network as a denoiser.
 
     Args:
-        name: A key of `RECIPES` whose weights are packaged, or the path of a weight
-            file written by ``python -m artlib.zoo.train``.
+        name: A key of `RECIPES` whose weights are packaged or were trained here, or
+            the path of a weight file written by ``python -m artlib.zoo.train``.
         process: The process to sample under, by default ``VE(0.002, 80)``; an EDM
             network serves any process through its noise level.
         device: Where to put it.
@@ -110,7 +143,7 @@ def load(
     Raises:
         ValueError: If there is no network of that name.
         FileNotFoundError: If its weights are not packaged: they have to be trained.
-        StateFileError: If the weight file is damaged.
+        StateFileError: If the weight file is damaged or not what it should be.
 
     Example:
         >>> import artlib
@@ -118,9 +151,19 @@ def load(
         >>> flow = artlib.ProbabilityFlow(net.process, net)
     """
     path = _path(name)
-    tensors, header = read_state(path, kind=_KIND)
-    network = UNet(UNetConfig.from_dict(header["config"]))
-    _fill(network, tensors, path)
+    tensors, header = read_state(path, kind=_KIND, known=CHECK_SUMS)
+    check_header(
+        header,
+        path,
+        {
+            "name": is_text,
+            "sigma_data": lambda value: is_number(value, positive=True),
+            "config": _is_size,
+        },
+    )
+    network = _rebuild(
+        lambda: UNet(UNetConfig.from_dict(header["config"])), tensors, path
+    )
     return ZooDenoiser(network, process or VE(), header).to(device).eval()
 
 
@@ -141,22 +184,53 @@ def load_autoencoder(
         StateFileError: As there.
     """
     path = _path(name)
-    tensors, header = read_state(path, kind=_AUTOENCODER_KIND)
-    network = Autoencoder(AutoencoderConfig.from_dict(header["config"]))
-    _fill(network, tensors, path)
+    tensors, header = read_state(path, kind=_AUTOENCODER_KIND, known=CHECK_SUMS)
+    check_header(header, path, {"config": _is_size})
+    network = _rebuild(
+        lambda: Autoencoder(AutoencoderConfig.from_dict(header["config"])),
+        tensors,
+        path,
+    )
     return network.to(device)
 
 
-def _fill(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Set a network's weights, and freeze it."""
+_Network = TypeVar("_Network", UNet, Autoencoder)
+
+# Far above any network of the zoo; a header that asks for more is no such network's.
+_LARGEST = 4096
+
+
+def _is_size(config: Any) -> bool:
+    """Whether a configuration holds numbers in which a network may be counted."""
+    if not isinstance(config, dict):
+        return False
+    numbers: list[Any] = []
+    for value in config.values():
+        numbers += value if isinstance(value, list) else [value]
+    return all(is_number(n) and 0 <= n <= _LARGEST for n in numbers)
+
+
+def _rebuild(
+    make: Callable[[], _Network], tensors: dict[str, Tensor], path: Path
+) -> _Network:
+    """A network with the weights of a file, frozen; refused if they do not fit."""
     try:
+        # Without memory for it, as long as it is not known to be the right one.
+        with torch.device("meta"):
+            wanted = {key: t.shape for key, t in make().state_dict().items()}
+        found = {key: t.shape for key, t in tensors.items()}
+        wrong = [k for k in {**wanted, **found} if wanted.get(k) != found.get(k)]
+        if wrong:
+            raise ValueError(f"of another shape, missing or too many: {wrong[:3]}")
+        network = make()
         network.load_state_dict({key: t.float() for key, t in tensors.items()})
-    except RuntimeError as error:
+    except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise StateFileError(
             f"{path}: its weights do not fit the network of its header; train or fetch "
             f"it again ({str(error).splitlines()[0]})"
         ) from error
     network.requires_grad_(False).eval()
+    return network
 
 
 def available() -> list[str]:
@@ -190,9 +264,18 @@ def fully_trained(name: str, folder: Path = WEIGHTS) -> bool:
     if not path.is_file():
         return False
     autoencoder = isinstance(asked, AutoencoderRecipe)
-    _, header = read_state(path, kind=_AUTOENCODER_KIND if autoencoder else _KIND)
+    kind = _AUTOENCODER_KIND if autoencoder else _KIND
+    _, header = read_state(path, kind=kind, known=CHECK_SUMS)
     if not {"made", "recipe"} <= header.keys():
         return True
+    check_header(
+        header,
+        path,
+        {
+            "made": lambda made: isinstance(made, dict) and is_count(made.get("steps")),
+            "recipe": lambda r: isinstance(r, dict) and is_count(r.get("batch")),
+        },
+    )
     seen = header["made"]["steps"] * header["recipe"]["batch"]
     return bool(seen >= asked.steps * asked.batch)
 
@@ -231,8 +314,8 @@ def _path(name: str | os.PathLike[str]) -> Path:
             f"name: expected one of {list(RECIPES)} or the path of a .safetensors "
             f"file, got {str(name)!r}"
         )
-    path = WEIGHTS / f"{name}.safetensors"
-    if not path.is_file():
+    path = weight_file(str(name))
+    if path is None:
         raise FileNotFoundError(
             f"{name}: its weights are not packaged; train it with: "
             f"python -m artlib.zoo.train {name}"

@@ -3,7 +3,8 @@
 One command per network, or ``missing`` for all that are not fully trained yet. It can
 be stopped at any time (Ctrl-C, a power cut) and continues from its last checkpoint when
 it is given again. It ends by writing the half-precision weights, and beside them, as
-JSON, the recipe, the loss curve, the time it took and the device.
+JSON, the recipe, the loss curve, the time it took and the device. They go to the
+user's cache, where `artlib.zoo.load` looks too, or to the folder of ``--out``.
 """
 
 from __future__ import annotations
@@ -21,12 +22,19 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from .._files import write_bytes
+from .._console import say
+from .._files import check_output, write_bytes
 from .._rl_options import TrainingError
 from .._state_file import StateFileError
 from . import data
 from .autoencoder import Autoencoder
-from .networks import WEIGHTS, fully_trained, load_autoencoder, save_network
+from .networks import (
+    WEIGHTS,
+    fully_trained,
+    load_autoencoder,
+    save_network,
+    trained_folder,
+)
 from .recipes import RECIPES, Recipe, recipe
 from .training import Trainer
 
@@ -55,16 +63,18 @@ def train(
     device: torch.device | str = "cpu",
     every: int = 500,
     progress: bool = True,
+    checkpoints: Path | None = None,
 ) -> Path:
     """Train, or continue to train, and write the weights.
 
     Args:
         chosen: What to train.
         images: Its training set.
-        folder: Where weights, record and (meanwhile) the checkpoint are written.
+        folder: Where weights and record are written.
         device: Where to train.
         every: Steps between checkpoints.
         progress: Whether to show a progress bar.
+        checkpoints: Where, meanwhile, the checkpoint is written; by default ``folder``.
 
     Returns:
         The weight file.
@@ -74,9 +84,12 @@ def train(
         StateFileError: If the checkpoint there is damaged or of another run.
         TrainingError: If the loss is NaN; the last checkpoint is intact.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    weights, written = (folder / f"{chosen.name}.{s}" for s in ("safetensors", "json"))
+    checkpoint = (checkpoints or folder) / f"{chosen.name}.checkpoint.safetensors"
+    for path in (weights, written, checkpoint):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_output(path)
     trainer = Trainer(chosen, images, device=device)
-    checkpoint = folder / f"{chosen.name}.checkpoint.safetensors"
     for _ in trainer.train(checkpoint=checkpoint, every=every, progress=progress):
         pass
     if isinstance(trainer.average, Autoencoder):
@@ -97,20 +110,13 @@ def train(
         "recipe": chosen.to_dict(),
         "made": made,
     }
-    weights = _weights(folder, chosen.name)
     save_network(weights, trainer.average, header)
     losses = [round(loss, 5) for loss in trainer.losses]
     parameters = sum(p.numel() for p in trainer.network.parameters())
     record = {**header, "parameters": parameters, "loss_per_50_steps": losses}
-    write_bytes(
-        folder / f"{chosen.name}.json", (json.dumps(record, indent=1) + "\n").encode()
-    )
+    write_bytes(written, (json.dumps(record, indent=1) + "\n").encode())
     checkpoint.unlink()
     return weights
-
-
-def _weights(folder: Path, name: str) -> Path:
-    return folder / f"{name}.safetensors"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -133,8 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads")
     for field, kind in _OVERRIDES.items():
         parser.add_argument(f"--{field}", type=kind, help="other than the recipe's")
+    parser.add_argument("--out", type=Path, help="folder; default: the user's cache")
     parser.add_argument(
-        "--out", type=Path, default=WEIGHTS, help="folder; default: the package's own"
+        "--checkpoints", type=Path, help="another folder for what is kept meanwhile"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     given = parser.parse_args(arguments)
@@ -143,20 +150,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     changed = {f: v for f in _OVERRIDES if (v := getattr(given, f)) is not None}
     names = dict.fromkeys(given.names)
     try:
+        folder = given.out or trained_folder()
         if "missing" in names:
-            names = dict.fromkeys(n for n in RECIPES if not fully_trained(n, given.out))
+            places = [given.out] if given.out else [WEIGHTS, folder]
+            names = dict.fromkeys(
+                n for n in RECIPES if not any(fully_trained(n, p) for p in places)
+            )
         for name in names:
             chosen = replace(recipe(name), **changed)
             path = train(
                 chosen,
                 training_images(chosen),
-                given.out,
+                folder,
                 device=given.device,
                 progress=not given.quiet,
+                checkpoints=given.checkpoints,
             )
             print(path, flush=True)
     except (OSError, StateFileError, TrainingError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)

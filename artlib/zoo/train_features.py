@@ -2,7 +2,8 @@
 
 A few minutes on one CPU core. It ends by writing, in one file, the half-precision
 weights and the training set's feature statistics, and beside it, as JSON, the recipe,
-the loss of each epoch, the accuracy, the time it took and the device.
+the loss of each epoch, the accuracy, the time it took and the device. They go to the
+user's cache, or to the folder of ``--out``.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import __version__
-from .._files import write_bytes
+from .._console import say
+from .._files import check_output, write_bytes
 from .._rl_options import TrainingError
 from .._state_file import write_state
 from ..metrics import frechet_distance, gaussian_statistics
 from .data import DATASETS
 from .features import BUILD, KIND, FeatureNet, LeNet, Reference, SmallCNN
-from .networks import WEIGHTS
+from .networks import trained_folder
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,9 @@ def train(
         TrainingError: If the loss is NaN.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    weights, written = (folder / f"{recipe.name}.{s}" for s in ("safetensors", "json"))
+    check_output(weights)
+    check_output(written)
     started = time.monotonic()
     images, labels = labelled(recipe.data, "train")
     network, losses = fit(recipe, images, labels, device=device, progress=progress)
@@ -205,7 +210,6 @@ def train(
     }
     tensors, measured = _measure(recipe, network)
     header |= measured
-    weights = folder / f"{recipe.name}.safetensors"
     write_state(weights, tensors, header, kind=KIND)
     parameters = sum(p.numel() for p in network.parameters())
     record = {
@@ -213,9 +217,7 @@ def train(
         "parameters": parameters,
         "loss_per_epoch": [round(loss, 5) for loss in losses],
     }
-    write_bytes(
-        folder / f"{recipe.name}.json", (json.dumps(record, indent=1) + "\n").encode()
-    )
+    write_bytes(written, (json.dumps(record, indent=1) + "\n").encode())
     return weights
 
 
@@ -260,9 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument(
-        "--out", type=Path, default=WEIGHTS, help="folder; default: the package's own"
-    )
+    parser.add_argument("--out", type=Path, help="folder; default: the user's cache")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     given = parser.parse_args(arguments)
     if given.threads:
@@ -270,12 +270,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         path = train(
             RECIPES[given.name],
-            given.out,
+            given.out or trained_folder(),
             device=given.device,
             progress=not given.quiet,
         )
     except (OSError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         return 1
     print(path)
     return 0

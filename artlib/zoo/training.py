@@ -18,13 +18,32 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._checks import check_samples, positive_int
+from .._files import check_output
 from .._rl_options import TrainingError
-from .._state_file import StateFileError, read_state, write_state
+from .._state_file import (
+    Rule,
+    StateFileError,
+    check_header,
+    is_count,
+    is_number,
+    read_state,
+    write_state,
+)
 from .recipes import Recipe
 
 _KIND = "artlib-zoo-training"
 _CHECKED = 50
 """Steps between looks at the loss: each look waits for the device."""
+
+
+_RULES: dict[str, Rule] = {
+    "recipe": lambda value: isinstance(value, dict),
+    "step": is_count,
+    "steps": is_count,
+    "losses": lambda value: isinstance(value, list) and all(map(is_number, value)),
+    "seconds": lambda value: is_number(value) and value >= 0,
+    "sigma_data": lambda value: is_number(value, positive=True),
+}
 
 
 class Trainer:
@@ -106,8 +125,10 @@ class Trainer:
             TrainingError: If the loss is NaN; the last checkpoint is intact.
             OSError: If a checkpoint cannot be written; the last one is intact.
         """
-        if checkpoint is not None and os.path.exists(checkpoint):
-            self.load(checkpoint)
+        if checkpoint is not None:
+            check_output(checkpoint)  # now, not after hundreds of steps
+            if os.path.exists(checkpoint):
+                self.load(checkpoint)
         bar = tqdm(
             total=self.steps,
             initial=self.step,
@@ -196,6 +217,7 @@ class Trainer:
             StateFileError: If it is damaged or of another run.
         """
         tensors, header = read_state(path, kind=_KIND)
+        check_header(header, path, _RULES)
         own = {"recipe": self.recipe.to_dict(), "steps": self.steps}
         other = [
             name
@@ -209,6 +231,7 @@ class Trainer:
                 f"{os.fspath(path)}: it is of another run ({', '.join(other)} differ); "
                 "delete it to start again, or choose another file"
             )
+        self._check_fit(tensors, header, path)
         for prefix, module in (("net.", self.network), ("ema.", self.average)):
             module.load_state_dict(_part(tensors, prefix))
         for name, parameter in self.network.named_parameters():
@@ -222,6 +245,31 @@ class Trainer:
         self._recent = tensors["recent"].to(self.device)
         self.step, self.losses = header["step"], header["losses"]
         self.seconds = header["seconds"]
+
+    def _check_fit(
+        self,
+        tensors: dict[str, Tensor],
+        header: dict[str, Any],
+        path: str | os.PathLike[str],
+    ) -> None:
+        """Refuse tensors that are not all there, or do not fit what the header says."""
+        step, wanted = header["step"], self._tensors()
+        for name, parameter in self.network.named_parameters() if step else ():
+            wanted |= {f"m.{name}": parameter, f"v.{name}": parameter}
+        wrong = [
+            name
+            for name, own in wanted.items()
+            if name not in tensors
+            or (tensors[name].shape, tensors[name].dtype) != (own.shape, own.dtype)
+        ]
+        fits = step <= self.steps and len(header["losses"]) == step // _CHECKED
+        if step:
+            fits = fits and float(tensors.get("adam_step", torch.tensor(-1.0))) == step
+        if wrong or not fits:
+            raise StateFileError(
+                f"{os.fspath(path)}: damaged, {wrong[:3] or 'its optimiser or losses'} "
+                f"do not fit step {step} of its header; delete it to start again"
+            )
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"net.{k}": v for k, v in self.network.state_dict().items()}
