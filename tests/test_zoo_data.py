@@ -12,13 +12,23 @@ import sys
 import tarfile
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from artlib.zoo import DATASETS, _decode, _fetch, digits, emoji, fashion_mnist, mnist
+from artlib.zoo import (
+    DATASETS,
+    _decode,
+    _fetch,
+    _sources,
+    digits,
+    emoji,
+    fashion_mnist,
+    mnist,
+)
 
 
 def to_idx(values):
@@ -142,6 +152,126 @@ def test_a_file_that_is_no_font_is_refused():
         _decode.emoji([b"<html>not found</html>"])
 
 
+def member(name, data, length=None):
+    size = str(len(data) if length is None else length).encode()
+    return name.ljust(48) + size.ljust(10) + b"`\n" + data + b"\n" * (len(data) % 2)
+
+
+@pytest.mark.parametrize("length", [-60, -1, 10**9, "x", "", "+4", "1_0"])
+def test_a_member_of_no_possible_length_is_refused(length):
+    package = b"!<arch>\n" + member(b"debian-binary", b"2.0", length)
+    with pytest.raises(_decode.FormatError, match="damaged Debian package"):
+        _decode._font_in_package(package + bytes(200))
+
+
+def archive(*entries):
+    """A Debian package of these (name, attributes of its tar entry, content)."""
+    with io.BytesIO() as raw:
+        with tarfile.open(fileobj=raw, mode="w:xz") as tar:
+            for name, attributes, content in entries:
+                entry = tarfile.TarInfo(name)
+                for key, value in attributes.items():
+                    setattr(entry, key, value)
+                tar.addfile(entry, io.BytesIO(content))
+        return b"!<arch>\n" + member(b"data.tar.xz", raw.getvalue())
+
+
+def test_a_font_that_is_a_link_or_too_large_is_not_read():
+    name = "./fonts/NotoColorEmoji.ttf"
+    link = {"type": tarfile.SYMTYPE, "linkname": "NotoColorEmoji.ttf"}
+    with pytest.raises(_decode.FormatError, match="without NotoColorEmoji"):
+        _decode._font_in_package(archive((name, link, b"")))
+    good = archive((name, {"size": 5}, b"hello"))
+    assert _decode._font_in_package(good) == b"hello"
+    start = good.index(b"\xfd7zXZ")
+    cut = b"!<arch>\n" + member(b"data.tar.xz", good[start:-40])
+    with pytest.raises(_decode.FormatError, match=r"damaged .*\(truncated"):
+        _decode._font_in_package(cut)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x00\x00\x08",
+        b"\x00\x00\x08\x00a",
+        b"\x00\x00\x08\xff" + b"\x00\x00\x00\x01" * 255 + b"a",
+        b"\x00\x00\x08\x03" + b"\x00\x00\x00\x00" + b"\xff" * 8,
+        b"\x00\x00\x08\x04" + b"\x00\x01\x00\x00" * 4,
+        gzip.compress(bytes(1000))[:-12] + bytes(12),
+        b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + b"\xff" * 30,
+    ],
+)
+def test_an_idx_file_of_no_possible_shape_is_refused(data):
+    with pytest.raises(_decode.FormatError):
+        _decode.idx(data)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"data": [NaN]}',
+        '{"data": [1e999]}',
+        '{"data": [2.0]}',
+        '{"data": [%s]}' % ("9" * 400),
+        '{"data": 3}',
+        "[]",
+        "\xff",
+    ],
+)
+def test_what_is_no_list_of_levels_is_refused(text):
+    with pytest.raises(_decode.FormatError):
+        _decode.mnist_json([text.encode("latin-1")] * 10)
+
+
+def test_a_picture_of_any_size_is_not_unpacked(monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    with io.BytesIO() as file:
+        image.new("RGBA", (4000, 4000)).save(file, "PNG")
+        data = file.getvalue()
+    glyph = type("Glyph", (), {"imageData": data})
+
+    class Font:
+        def __init__(self, *_, **__): ...
+
+        def __getitem__(self, _):
+            return type("Table", (), {"strikeData": [{"a": glyph}]})
+
+    monkeypatch.setattr("fontTools.ttLib.TTFont", Font)
+    with pytest.raises(_decode.FormatError, match="4000"):
+        _decode.emoji([b""])
+
+
+def test_damaged_files_are_refused_or_decoded_but_nothing_else():
+    pixels = np.arange(3 * 28 * 28, dtype=np.uint8).reshape(3, 28, 28)
+    labels = np.arange(3, dtype=np.uint8)
+    digits = [json.dumps({"data": [0.5] * 784}).encode()] * 10
+    name = "./fonts/NotoColorEmoji.ttf"
+    font = b"\x00\x01\x00\x00\x00\x02" + bytes(60)
+    whole = [
+        (_decode.mnist_idx, [gzip.compress(to_idx(pixels)), to_idx(labels)]),
+        (_decode.fashion, [to_idx(pixels), to_idx(labels)] * 2),
+        (_decode.mnist_json, digits),
+        (_decode.emoji, [archive((name, {"size": len(font)}, font))]),
+        (_decode.emoji, [font]),
+    ]
+    rng = np.random.default_rng(5)
+    for decode, files in whole:
+        for _ in range(60):
+            broken = list(files)
+            which = rng.integers(len(files))
+            content = bytearray(files[which])
+            for _ in range(rng.integers(1, 4)):
+                content[rng.integers(len(content))] = rng.integers(256)
+            broken[which] = bytes(content[: rng.integers(1, len(content) + 1)])
+            try:
+                images, found = decode(broken)
+            except _decode.FormatError:
+                continue
+            assert images.dtype == torch.uint8
+            assert found.dtype == torch.int64
+
+
 # Images: finding them.
 
 
@@ -260,6 +390,42 @@ def test_a_wrong_download_is_refused_and_nothing_is_kept(small, monkeypatch, wro
     with pytest.raises(ValueError, match=r"small: https://example.org/0 .*was kept"):
         _fetch.find(data, download=True)
     assert not cache.exists()
+
+
+def test_a_download_is_not_decoded_before_it_is_known(small, monkeypatch):
+    data, files, _, _ = small
+    decoded = []
+
+    def decode(contents):
+        decoded.append(contents)
+        return _decode.fashion(contents)
+
+    published = [hashlib.sha256(content).hexdigest() for content in files[:3]]
+    published.append(hashlib.sha1(files[3]).hexdigest())
+    online = replace(data.online, decode=decode, files=tuple(published))
+    data = replace(data, online=online)
+    serve(monkeypatch, [*files[:3], files[3] + b" "])
+    with pytest.raises(ValueError, match=r"another file than was published \(3: SHA1"):
+        _fetch.find(data, download=True)
+    assert not decoded
+    serve(monkeypatch, files)
+    assert len(_fetch.find(data, download=True)[0]) == 6
+    assert len(decoded) == 1
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "mnist", "emoji"])
+def test_every_file_to_download_is_known(name):
+    online = _sources.describe(name).online
+    assert len(online.files) == len(online.where)
+    assert all(len(digest) in (40, 64) for digest in online.files)
+
+
+def test_an_installed_file_of_any_size_is_not_read(small, monkeypatch):
+    data, files, place, _ = small
+    install(place, files)
+    monkeypatch.setattr(_fetch, "_LARGEST_DOWNLOAD", 10)
+    with pytest.raises(FileNotFoundError, match="0 is too large"):
+        _fetch.find(data, download=False)
 
 
 def test_a_failed_download_names_the_address(small):

