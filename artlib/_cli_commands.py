@@ -15,13 +15,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ._cli_sources import (
+    STDOUT,
     InputError,
     Source,
     check_free,
+    deliver,
     load_schedule,
     load_source,
     parse_process,
 )
+from ._console import printable, say
 from ._files import write_bytes
 from .actor_critic import ActorCritic
 from .control import StiffnessTable, stiffness_table
@@ -42,6 +45,7 @@ def learn(args: argparse.Namespace) -> None:
     team = _team(args.device)
     main = team is None or team.is_main_process
     check_free(args.output, args.force)
+    _check_checkpoint(args)
     source = _source(args, team)
     x_T = source.noise(args.samples, args.seed)
     points, method, total = _plan(args.points, args.budget)
@@ -80,27 +84,28 @@ def learn(args: argparse.Namespace) -> None:
         ):
             pass
         schedule = trainer.distill()
-    schedule.save(args.output)
+    deliver(args.output, schedule.to_json())
     _report(table, schedule, args.output)
 
 
 def show(args: argparse.Namespace) -> None:
     """Print grids as a table, and draw them if asked."""
     process = parse_process(args.process) if args.process else None
-    found = [load_schedule(name, process) for name in args.schedules]
     if args.plot:
-        check_free(args.plot, args.force)
         figure_format = _figure_format(args.plot)
+        check_free(args.plot, args.force)
+    found = [load_schedule(name, process) for name in args.schedules]
     for schedule in found:
         process = schedule.process
-        print(f"{schedule.name}: {process}, last step {schedule.last_step}")
+        name = printable(schedule.name)
+        say(f"{name}: {process}, last step {schedule.last_step}")
         for K in args.steps:
             grid = schedule.grid(K)
             level = process.noise_level(grid)
-            print(f"  {K} steps\n{'k':>6} {'t':>12} {'sigma/alpha':>12} {'step':>12}")
+            say(f"  {K} steps\n{'k':>6} {'t':>12} {'sigma/alpha':>12} {'step':>12}")
             for k in range(K + 1):
                 step = f"{float(grid[k] - grid[k + 1]):12.6g}" if k < K else ""
-                print(f"{k:6d} {float(grid[k]):12.6g} {float(level[k]):12.6g} {step}")
+                say(f"{k:6d} {float(grid[k]):12.6g} {float(level[k]):12.6g} {step}")
     if args.plot:
         import io
 
@@ -110,7 +115,7 @@ def show(args: argparse.Namespace) -> None:
         buffer = io.BytesIO()
         figure.savefig(buffer, format=figure_format, bbox_inches="tight")
         write_bytes(args.plot, buffer.getvalue())
-        print(f"figure written to {args.plot}")
+        say(f"figure written to {args.plot}")
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -164,6 +169,11 @@ def draw(args: argparse.Namespace) -> None:
 
     team = _team(args.device)
     check_free(args.output, args.force)
+    if args.output == STDOUT and sys.stdout is not None and sys.stdout.isatty():
+        raise InputError(
+            "--output: the samples are no text for a terminal; name a file, or send "
+            "them to a program: artlib sample ... -o - | program"
+        )
     source = _source(args, team)
     schedule = load_schedule(args.schedule, source.flow.process)
     grid = schedule.grid(args.steps)
@@ -181,10 +191,11 @@ def draw(args: argparse.Namespace) -> None:
     notes = {"source": source.label, "schedule": schedule.name, "solver": args.solver}
     notes |= {"nfe": str(nfe(grid, solver=args.solver)), "seed": str(args.seed)}
     content = save({"x_0": x_0.float().cpu().contiguous()}, metadata=notes)
-    write_bytes(args.output, content)
-    print(
+    deliver(args.output, content)
+    say(
         f"{len(x_0)} samples of shape {list(x_0.shape[1:])}, NFE {notes['nfe']}, "
-        f"written to {args.output} as x_0"
+        f"written to {_called(args.output)} as x_0",
+        error=args.output == STDOUT,
     )
 
 
@@ -258,17 +269,44 @@ def _plan(points: int, budget: int | None) -> tuple[int, str, int]:
     )
 
 
+def _check_checkpoint(args: argparse.Namespace) -> None:
+    """Refuse, before the network is asked, a checkpoint that cannot be written."""
+    if args.checkpoint is None:
+        return
+    if args.checkpoint == STDOUT:
+        raise InputError("--checkpoint: - is no file that training could continue from")
+    same = (os.path.realpath(path) for path in (args.checkpoint, args.output))
+    if len(set(same)) == 1:
+        raise InputError(
+            f"--checkpoint: {args.checkpoint} is the schedule's file too; name another"
+        )
+    check_free(args.checkpoint, force=True)
+
+
+def _called(path: str) -> str:
+    return "standard output" if path == STDOUT else path
+
+
 def _report(table: StiffnessTable, schedule: Schedule, path: str) -> None:
     bound = table.lower_bound()
     process = table.process
-    print(f"{schedule.name} written to {path}; {table.nfe} network evaluations")
-    print("cost, in units of the least possible (open loop):")
-    for entry in (schedule, edm(process, pinned=False), log_snr(process, pinned=False)):
-        print(f"  {entry.name:16} {table.cost(entry) / bound:8.3f}")
+    lines = [
+        f"{printable(schedule.name)} written to {_called(path)}; {table.nfe} network "
+        "evaluations",
+        "cost, in units of the least possible (open loop):",
+    ]
+    entries = (schedule, edm(process, pinned=False), log_snr(process, pinned=False))
+    lines += [
+        f"  {printable(entry.name):16} {table.cost(entry) / bound:8.3f}"
+        for entry in entries
+    ]
     if (paths := len(table.values)) > 1:
         ratio = table.held_out(min(8, paths))
         advice = "; more paths would help (-n)" if ratio > _ENOUGH else ""
-        print(f"the closed form on paths it was not learned from: {ratio:.3f}{advice}")
+        lines.append(
+            f"the closed form on paths it was not learned from: {ratio:.3f}{advice}"
+        )
+    say("\n".join(lines), error=path == STDOUT)
 
 
 def _reference(flow: ProbabilityFlow, x_T: Tensor) -> Tensor:

@@ -9,8 +9,16 @@ from typing import Any
 
 import torch
 
-from ._cli_sources import InputError, check_free, load_component, load_schedule
-from ._files import write_bytes
+from ._cli_sources import (
+    STDOUT,
+    InputError,
+    check_free,
+    deliver,
+    load_component,
+    load_schedule,
+    read_json,
+)
+from ._console import say
 from .schedules import Schedule
 
 
@@ -26,19 +34,22 @@ def export(args: argparse.Namespace) -> None:
     """
     from .adapters import comfyui, k_diffusion
 
+    output = STDOUT if args.output is None else args.output
+    if args.to != "comfyui":
+        check_free(output, args.force)
     schedule = load_schedule(args.schedule)
     if args.to == "comfyui":
-        if args.output is None:
+        if output == STDOUT:
             raise InputError(
                 "--output: --to comfyui writes a folder, for example "
                 "ComfyUI/custom_nodes/artlib_node"
             )
-        name = args.name or Path(args.schedule).stem
-        target = Path(args.output) / f"{name}.json"
+        name = Path(args.schedule).stem if args.name is None else args.name
+        target = comfyui.schedule_file(output, name)
         if target.parent.is_dir():
             check_free(target, args.force)
-        written = comfyui.install(schedule, args.output, name)
-        print(f"node and schedule written: {written}")
+        written = comfyui.install(schedule, output, name, force=args.force)
+        say(f"node and schedule written: {written}")
         return
     if args.steps is None:
         raise InputError(f"--steps: --to {args.to} needs a number of steps")
@@ -60,11 +71,7 @@ def export(args: argparse.Namespace) -> None:
         text = k_diffusion.to_text(schedule, K, denoise=denoise)
         if args.to == "k-diffusion":
             text = f"import torch\n\nsigmas = torch.tensor({text})"
-    if args.output is None:
-        print(text)
-        return
-    check_free(args.output, args.force)
-    write_bytes(args.output, f"{text}\n".encode())
+    deliver(output, f"{text}\n")
 
 
 def _diffusers_arguments(
@@ -86,7 +93,7 @@ def _diffusers_arguments(
         raise InputError(f"--scheduler: {folder} holds no scheduler_config.json")
     if args.denoise != 1:
         raise InputError("--denoise: a diffusers pipeline cuts by its own strength")
-    name = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+    name = read_json(config).get("_class_name")
     scheduler = load_component(folder, "", ["diffusers", name])
     found = pipeline_arguments(schedule, scheduler, args.steps, mu=args.mu)
     return {key: torch.as_tensor(value).tolist() for key, value in found.items()}

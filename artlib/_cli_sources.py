@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import schedules
+from ._files import check_output, write_bytes
 from .flow import ProbabilityFlow
 from .processes import VE, VP, Process, RectifiedFlow
 from .schedules import Schedule
@@ -128,7 +130,14 @@ def load_source(
         network, own_shape = _from_module(name)
     else:
         network, own_shape = _zoo(name.removeprefix("zoo:"), wanted)
-    known = getattr(network, "process", None) or wanted
+    known = getattr(network, "process", None)
+    if known is None:
+        known = wanted
+    elif not isinstance(known, Process):
+        raise InputError(
+            f"{name}: its .process is a {type(known).__name__}, expected a process of "
+            "artlib, such as artlib.VE(0.002, 80)"
+        )
     if wanted is not None and known != wanted:
         # Another one would be a denoiser of noise that it was not made for.
         raise InputError(f"--process: {name} has its own, {known}; leave --process out")
@@ -137,10 +146,17 @@ def load_source(
             f"{name}: it has no .process, so the noise it was trained under is not "
             "known; pass --process, for example ve:0.002,80"
         )
-    sizes = shape or own_shape
+    sizes = own_shape if shape is None else shape
     if sizes is None:
         raise InputError(
             f"{name}: it has no .sample_shape; pass --shape, for example 3,32,32"
+        )
+    if not isinstance(sizes, list | tuple) or not all(
+        isinstance(n, int) and n > 0 for n in sizes
+    ):
+        raise InputError(
+            f"{name}: its .sample_shape is {sizes!r:.60}, expected whole numbers, such "
+            "as (3, 32, 32)"
         )
     if isinstance(network, nn.Module):
         network = network.to(device).eval()
@@ -163,25 +179,72 @@ def load_schedule(name: str, process: Process | None = None) -> Schedule:
         return Schedule.load(name)
     if name in FORMULAS and process is not None:
         return FORMULAS[name](process)
+    if os.path.exists(name) and name not in FORMULAS:
+        raise InputError(f"{name}: is no file; expected one that artlib learn wrote")
     also = f", and no name of a formula ({', '.join(FORMULAS)})" if process else ""
     raise InputError(f"{name}: there is no such file{also}")
 
 
+STDOUT = "-"
+"""In place of a file's name: standard output."""
+
+
 def check_free(path: str | Path, force: bool) -> None:
-    """Refuse to write over a file, or into a folder that is not there.
+    """Refuse to write over a file, or where nothing can be written.
+
+    Args:
+        path: Of a file, or `STDOUT`.
+        force: Whether a file that is there may be replaced.
 
     Raises:
         InputError: Before anything is computed.
     """
-    target = Path(path)
-    if target.exists() and not force:
-        raise InputError(f"{target}: exists already; pass --force to replace it")
-    if not target.parent.is_dir():
-        raise InputError(f"{target}: there is no folder {target.parent}; make it first")
+    if path == STDOUT:
+        return
+    try:
+        check_output(path, replace=force)
+    except FileExistsError as error:
+        message = f"{path}: exists already; pass --force to replace it"
+        raise InputError(message) from error
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
 
 
-def _from_module(name: str) -> tuple[Any, tuple[int, ...] | None]:
+def deliver(path: str, content: str | bytes) -> None:
+    """Write what a command makes, to a file or to standard output as it is.
+
+    Args:
+        path: Of the file, or `STDOUT`.
+        content: All of it; text is ASCII.
+    """
+    if path != STDOUT:
+        write_bytes(path, content.encode() if isinstance(content, str) else content)
+    elif isinstance(content, str):
+        print(content, end="")
+    elif sys.stdout is not None:
+        sys.stdout.buffer.write(content)
+
+
+def place(error: BaseException) -> str:
+    """Where in the user's own code an error comes from, in brackets, or nothing."""
+    others = [Path(__file__).parent, Path(sys.prefix), Path(sys.base_prefix)]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<")
+        and not any(other in Path(frame.filename).parents for other in others)
+    ]
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+
+
+def _from_module(name: str) -> tuple[Any, Any]:
     module_name, _, attribute = name.partition(":")
+    parts = [*module_name.removesuffix(".py").split("."), attribute]
+    if module_name.endswith(".py") or not all(part.isidentifier() for part in parts):
+        raise InputError(
+            f"{name}: expected module:name, two names of Python without .py or a "
+            "folder, such as mymodule:make"
+        )
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -191,17 +254,31 @@ def _from_module(name: str) -> tuple[Any, tuple[int, ...] | None]:
             f"{name}: {error}; modules are looked for in the current folder and in "
             "what is installed"
         ) from error
-    if not hasattr(module, attribute):
-        raise InputError(f"{name}: the module {module_name} has no {attribute!r}")
-    found = getattr(module, attribute)
-    if not hasattr(found, "process") and callable(found) and _takes_nothing(found):
-        found = found()
-    if not callable(found):
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{name}: {module_name} fails: {_named(error)}") from error
+    try:
+        found = getattr(module, attribute)
+    except AttributeError as error:
+        message = f"{name}: the module {module_name} has no {attribute!r}"
+        raise InputError(message) from error
+    made = inspect.isclass(found) or not hasattr(found, "process")
+    if made and callable(found) and _takes_nothing(found):
+        try:
+            found = found()
+        except (Exception, SystemExit) as error:
+            raise InputError(f"{name}: {attribute}() fails: {_named(error)}") from error
+    if not callable(found) or inspect.isclass(found):
+        what = "a class" if inspect.isclass(found) else type(found).__name__
         raise InputError(
             f"{name}: expected a denoiser D(x, t), or a function without arguments "
-            f"that returns one, got {type(found).__name__}"
+            f"that returns one, got {what}"
         )
     return found, getattr(found, "sample_shape", None)
+
+
+def _named(error: BaseException) -> str:
+    """An error of the user's module in one sentence."""
+    return f"{type(error).__name__}: {error}{place(error)}"
 
 
 def _takes_nothing(function: Any) -> bool:
@@ -238,10 +315,7 @@ def _diffusers(
             f"{folder}: it has no model_index.json; expected the folder that "
             "pipe.save_pretrained(...) of diffusers writes"
         )
-    try:
-        parts: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{index}: not JSON ({error})") from error
+    parts = read_json(index)
     kind = next((k for k in ("unet", "transformer") if parts.get(k)), None)
     if kind is None:
         raise InputError(f"{folder}: it names neither a unet nor a transformer")
@@ -258,6 +332,21 @@ def _diffusers(
         raise InputError(f"{folder}: its {kind} names no sample_size; pass --shape")
     sides = (size, size) if isinstance(size, int) else tuple(size)
     return net, (channels, *sides)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, with a byte-order mark or without.
+
+    Raises:
+        InputError: If it is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a JSON object, got {found!r:.60}")
+    return found
 
 
 def load_component(folder: Path, name: str, entry: Any, **options: Any) -> Any:
@@ -288,8 +377,8 @@ def load_component(folder: Path, name: str, entry: Any, **options: Any) -> Any:
         return kind.from_pretrained(
             folder, subfolder=name, local_files_only=True, **options
         )
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
+    except Exception as error:  # of whatever this class makes of its files
+        first = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{folder}/{name}: cannot be loaded: {first}") from error
 
 

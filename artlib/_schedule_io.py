@@ -121,7 +121,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
         ScheduleFormatError: If it is not UTF-8 text.
     """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        # Some editors begin a file with a byte-order mark.
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ScheduleFormatError(
             f"{os.fspath(path)}: not a text file; a schedule is JSON written by "

@@ -2,7 +2,7 @@
 
 Exit status: 0 done; 1 the computation failed on the way; 2 the command line or what it
 names cannot be used (the message says what came, what was expected and what to do);
-130 interrupted, with nothing half-written.
+130 interrupted, with nothing half-written; 141 whoever read the output has closed it.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TextIO
 
 from . import __version__
 from ._cli_commands import compare, draw, learn, show
 from ._cli_export import export
-from ._cli_sources import FORMULAS
+from ._cli_sources import FORMULAS, place
+from ._console import say
 
 _SOURCES = f"""\
 A SOURCE is a network to take steps for:
@@ -80,22 +83,84 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status, see the module. Errors of usage and ``--help`` leave by
         ``SystemExit``, as argparse does.
     """
-    args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        try:
+            status = _run(_parser().parse_args(argv))
+        finally:  # --help and errors of usage leave by SystemExit
+            _flush()
+    except BrokenPipeError:
+        _leave()
+        return 141
+    except OSError as error:  # of the flush: what was printed did not arrive
+        _leave()
+        return _fail("", f"standard output: {_sentence(error)}", 1)
+    return status
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning(args.command)
+            args.run(args)
     except KeyboardInterrupt:
         return _fail(args.command, "interrupted", 130)
+    except BrokenPipeError:
+        raise
     except (ValueError, TypeError, OSError, ImportError) as error:
-        return _fail(args.command, str(error), 2)
+        return _fail(args.command, _sentence(error), 2)
     except RuntimeError as error:
-        return _fail(args.command, str(error), 1)
+        return _fail(args.command, _sentence(error), 1)
+    except Exception as error:  # of the user's own denoiser, as a rule
+        return _fail(args.command, f"{type(error).__name__}: {_sentence(error)}", 1)
     return 0
 
 
+def _sentence(error: BaseException) -> str:
+    """What an error says, and the place, if it is in the user's own module."""
+    if isinstance(error, OSError) and error.strerror:
+        name = error.filename
+        return f"{os.fsdecode(name)}: {error.strerror}" if name else error.strerror
+    return f"{str(error) or type(error).__name__}{place(error)}"
+
+
+def _show_warning(command: str) -> Callable[..., None]:
+    def show_warning(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        _tell(command, "warning", str(message))
+
+    return show_warning
+
+
 def _fail(command: str, message: str, status: int) -> int:
-    if os.environ.get("RANK", "0") == "0":  # one of several processes says it
-        print(f"artlib {command}: error: {message}", file=sys.stderr)
+    _tell(command, "error", message)
     return status
+
+
+def _tell(command: str, kind: str, message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # one of several processes says it
+        say(f"{f'artlib {command}'.strip()}: {kind}: {message}", error=True)
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _leave() -> None:
+    """Let the interpreter close its output without a word: nobody reads it."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # not a file
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,7 +182,12 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("learn", learn, "learn a schedule", f"{_LEARN}\n{_SOURCES}")
     _add_source(one)
-    one.add_argument("-o", "--output", required=True, help="the schedule's file (JSON)")
+    one.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        help="the schedule's file (JSON); - prints",
+    )
     one.add_argument(
         "--method", choices=("closed", "rl"), default="closed", help="default: closed"
     )
@@ -163,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("text", "json", "k-diffusion", "diffusers", "comfyui"),
     )
     _add_steps(one, several=False, default=None)
-    one.add_argument("-o", "--output", help="a file, or a folder for comfyui")
+    one.add_argument("-o", "--output", help="a file (- prints), for comfyui a folder")
     one.add_argument(
         "--denoise", type=float, default=1.0, help="image-to-image: share of the way"
     )
@@ -178,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_steps(one, several=False, default=10)
     _add_solver(one)
     _add_samples(one, 16, "samples")
-    one.add_argument("-o", "--output", required=True, help="a .safetensors file")
+    one.add_argument("-o", "--output", required=True, help="a .safetensors file, or -")
     _add_common(one)
     return parser
 

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import types
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -173,14 +174,85 @@ def test_node_as_comfyui_loads_it(tmp_path: Path) -> None:
     # Its arguments are the inputs it declares.
     names = call.__code__.co_varnames[1 : call.__code__.co_argcount]
     assert list(inputs) == list(names)
-    with pytest.raises(ValueError, match="schedule: expected the name"):
-        call("../mine.json", 5)
+    for name in ("../mine.json", "..", "", "gone.json", str(home / "mine.json")):
+        with pytest.raises(ValueError, match="schedule: expected the name"):
+            call(name, 5)
     with pytest.raises(ValueError, match="coordinate: expected one of"):
         call("mine.json", 5, 1.0, "other")
 
 
+def test_node_says_when_its_file_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comfyui.install(artlib.edm(VE), tmp_path, "a")
+    monkeypatch.setattr(comfyui.ARTSigmas, "FOLDER", tmp_path)
+    inputs = {"steps": 5, "denoise": 1.0, "coordinate": "of the schedule"}
+    first = comfyui.ARTSigmas.IS_CHANGED("a.json", **inputs)
+    assert comfyui.ARTSigmas.IS_CHANGED("a.json", steps=None) == first
+    comfyui.install(artlib.edm(VE), tmp_path, "a")
+    assert comfyui.ARTSigmas.IS_CHANGED("a.json") == first  # written, not changed
+    comfyui.install(artlib.log_snr(VE), tmp_path, "a")
+    second = comfyui.ARTSigmas.IS_CHANGED("a.json")
+    assert second != first
+    (tmp_path / "a.json").unlink()
+    assert comfyui.ARTSigmas.IS_CHANGED("a.json") not in (first, second)
+    assert comfyui.ARTSigmas.IS_CHANGED("../a.json") not in (first, second)
+    # It is asked for all of the inputs by name.
+    names = comfyui.ARTSigmas.INPUT_TYPES()["required"]
+    assert list(signature(comfyui.ARTSigmas.IS_CHANGED).parameters) == list(names)
+
+
+@pytest.mark.parametrize(
+    ("steps", "denoise", "message"),
+    [
+        (0, 1.0, "steps: expected 1 to 10000, got 0"),
+        (10_001, 1.0, "steps: expected 1 to 10000"),
+        (2.5, 1.0, "steps: expected a whole number"),
+        (True, 1.0, "steps: expected a whole number"),
+        (5, -0.1, "denoise: expected a share"),
+        (5, 1.5, "denoise: expected a share"),
+        (5, math.nan, "denoise: expected a share"),
+        (5, "x", "denoise: expected a share"),
+        (5, 1e-9, "denoise: 1e-09 of the way in 5 steps would need"),
+    ],
+)
+def test_numbers_out_of_range_refused_by_the_node(
+    steps: Any,
+    denoise: Any,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    comfyui.install(artlib.edm(VE), tmp_path, "a")
+    monkeypatch.setattr(comfyui.ARTSigmas, "FOLDER", tmp_path)
+    with pytest.raises((TypeError, ValueError), match=message):
+        comfyui.ARTSigmas().get_sigmas("a.json", steps, denoise)
+
+
+def test_install_replaces_only_what_is_its_own(tmp_path: Path) -> None:
+    target = comfyui.install(artlib.edm(VE), tmp_path, "a")
+    assert comfyui.install(artlib.log_snr(VE), tmp_path, "a.JSON") == target
+    assert artlib.Schedule.load(target) == artlib.log_snr(VE)
+    node = tmp_path / "__init__.py"
+    own = node.read_bytes()
+    node.write_bytes(own.splitlines(keepends=True)[0] + b"# of another version")
+    comfyui.install(artlib.log_snr(VE), tmp_path, "a")
+    assert node.read_bytes() == own
+    (tmp_path / "b.json").write_text("{}")
+    for path, text, name in ((tmp_path / "b.json", "{}", "b"), (node, "x = 1\n", "c")):
+        path.write_text(text)
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(FileExistsError, match="force=True") as caught:
+            comfyui.install(artlib.edm(VE), tmp_path, name)
+        assert caught.value.filename == str(path)
+        assert path.read_text() == text
+        assert sorted(tmp_path.iterdir()) == before
+        comfyui.install(artlib.edm(VE), tmp_path, name, force=True)
+        assert path.read_text() != text
+
+
 def test_install_refused(tmp_path: Path) -> None:
-    for name in ("", "a/b", " "):
+    for name in ("", "a/b", " ", ".json", "..", "a\x1b[2J"):
         with pytest.raises(ValueError, match="name: expected a plain"):
             comfyui.install(artlib.edm(VE), tmp_path / "new", name)
     assert not (tmp_path / "new").exists()

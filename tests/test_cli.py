@@ -4,15 +4,17 @@ Run in this process by ``main(argv)``; once as a program.
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 import artlib
 from artlib.cli import main
@@ -229,6 +231,28 @@ def test_export_comfyui(here: Path, capsys: Any) -> None:
     assert "exists already" in capsys.readouterr().err
     assert main([*export, "--name", "other"]) == 0
     assert (here / "nodes" / "other.json").is_file()
+    before = (here / "nodes" / "other.json").read_bytes()
+    artlib.log_snr(artlib.VE()).save("s.json")
+    assert main([*export, "--name", "other.json"]) == 2  # the same name
+    assert (here / "nodes" / "other.json").read_bytes() == before
+    assert main([*export, "--name", "other.json", "--force"]) == 0
+    assert (here / "nodes" / "other.json").read_bytes() == Path("s.json").read_bytes()
+    assert len(list((here / "nodes").iterdir())) == 3
+
+
+def test_export_comfyui_leaves_the_packages_of_others(here: Path, capsys: Any) -> None:
+    artlib.edm(artlib.VE()).save("s.json")
+    foreign = here / "package" / "__init__.py"
+    foreign.parent.mkdir()
+    foreign.write_text("VALUABLE = 1\n")
+    export = ["export", "s.json", "--to", "comfyui", "-o", "package"]
+    assert main(export) == 2
+    assert "__init__.py: belongs to another package" in capsys.readouterr().err
+    assert [path.name for path in foreign.parent.iterdir()] == ["__init__.py"]
+    assert foreign.read_text() == "VALUABLE = 1\n"
+    assert main([*export, "--force"]) == 0
+    assert "ARTSigmas" in foreign.read_text()
+    assert main([*export[:-1], "-"]) == 2
 
 
 @pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -273,6 +297,191 @@ def test_a_diffusers_folder_from_learning_to_export(here: Path, capsys: Any) -> 
     weights.rename(weights.with_suffix(".bin"))
     assert main(["learn", "pipe", "-o", "n.json"]) == 2
     assert "cannot be loaded" in capsys.readouterr().err
+
+
+def test_minus_is_standard_output(here: Path, capfdbinary: Any) -> None:
+    assert main([*LEARN, "-o", "s.json"]) == 0
+    capfdbinary.readouterr()
+    assert main([*LEARN, "-o", "-"]) == 0
+    out, err = capfdbinary.readouterr()
+    assert out == (here / "s.json").read_bytes()
+    assert b"written to standard output" in err
+    export = ["export", "s.json", "--to", "text", "-K", "3"]
+    assert main(export) == 0
+    printed = capfdbinary.readouterr().out
+    assert main([*export, "-o", "-"]) == 0
+    assert capfdbinary.readouterr().out == printed
+    sample = ["sample", "cli_module:make", "s.json", "-K", "3", "-n", "4", "-o"]
+    assert main([*sample, "x.safetensors"]) == 0
+    capfdbinary.readouterr()
+    assert main([*sample, "-"]) == 0
+    out, err = capfdbinary.readouterr()
+    assert torch.equal(load(out)["x_0"], load_file("x.safetensors")["x_0"])
+    assert b"4 samples" in err
+    assert not (here / "-").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_outputs_are_checked_before_the_network_is_asked(
+    here: Path, kind: str, capsys: Any
+) -> None:
+    artlib.edm(artlib.VE(0.01, 30.0)).save("s.json")
+    os.mkdir("taken") if kind == "folder" else os.mkfifo("taken")
+    # This denoiser would interrupt the program.
+    learn = ["learn", "cli_module:interrupted", "--method", "rl"]
+    for argv in (
+        ["learn", "cli_module:interrupted", "-o", "taken", "--force"],
+        [*learn, "-o", "o.json", "--checkpoint", "taken"],
+        [*learn, "-o", "o.json", "--checkpoint", "-"],
+        [*learn, "-o", "o.json", "--checkpoint", "./o.json"],
+        [*learn, "-o", "o.json", "--checkpoint", "none/c"],
+        ["sample", "cli_module:interrupted", "s.json", "-o", "taken", "--force"],
+        ["export", "s.json", "--to", "text", "-K", "3", "-o", "taken", "--force"],
+    ):
+        assert main(argv) == 2, argv
+    assert f"taken: is a {kind}" in capsys.readouterr().err
+    assert not (here / "o.json").exists()
+
+
+def test_samples_are_not_printed_on_a_terminal(
+    here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["sample", "cli_module:interrupted", "edm", "-o", "-"]) == 2
+    assert "no text for a terminal" in capsys.readouterr().err
+
+
+def program(*argv: str, **options: Any) -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, **options.pop("env", {})}
+    command = [sys.executable, "-m", "artlib.cli", *argv]
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen(command, env=environment, **both)
+
+
+@pytest.mark.parametrize("steps", ["3000,3001", "2"])  # closed early, closed at the end
+def test_a_reader_that_leaves_is_no_error(here: Path, steps: str) -> None:
+    artlib.edm(artlib.VE()).save("s.json")
+    with program("show", "s.json", "-K", steps) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        if steps == "2":
+            process.stdout.close()
+        else:
+            process.stdout.readline()
+            process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
+
+
+def test_a_console_of_other_letters_shows_escapes(here: Path) -> None:
+    schedule = replace(artlib.edm(artlib.VE()), name="ART \N{GREEK SMALL LETTER OMEGA}")
+    schedule.save("s.json")
+    for encoding, shown in (("cp1252", rb"ART \u03c9:"), ("utf-8", b"ART \xcf\x89:")):
+        env = {"PYTHONIOENCODING": encoding}
+        with program("show", "s.json", "-K", "2", env=env) as process:
+            out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert out.startswith(shown)
+
+
+def test_what_a_file_says_does_not_command_the_terminal(
+    here: Path, capsys: Any
+) -> None:
+    artlib.edm(artlib.VE()).save("s.json")
+    text = (here / "s.json").read_text()
+    name = r'"e\u001b[2J\u0007\u009b\u202e\nartlib: all is well"'
+    (here / "s.json").write_text(text.replace('"edm"', name, 1))
+    (here / "\x1b[31m.json").write_text("no schedule")
+    schedule = artlib.Schedule.load("s.json")
+    assert "\x1b" in schedule.name
+    for argv in (["show", "s.json"], ["show", "\x1b[31m.json"], ["show", "\x1bx"]):
+        main(argv)
+    printed = capsys.readouterr()
+    for stream in printed:
+        assert all(char.isprintable() or char == "\n" for char in stream)
+    assert not any(line.startswith("artlib: all") for line in printed.out.split("\n"))
+    assert r"e\x1b[2J\x07\x9b\u202e\nartlib: all is well: VE" in printed.out
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(here: Path, capsys: Any) -> None:
+    artlib.edm(artlib.VE()).save("s.json")
+    plain = (here / "s.json").read_bytes()
+    assert main(["show", "s.json"]) == 0
+    expected = capsys.readouterr().out
+    (here / "s.json").write_bytes(b"\xef\xbb\xbf" + plain)
+    assert main(["show", "s.json"]) == 0
+    assert capsys.readouterr().out == expected
+    index = here / "pipe" / "model_index.json"
+    index.parent.mkdir()
+    for text, message in (
+        ('\ufeff{"a": 1}', "names neither a unet nor"),
+        ("[1]", "expected a JSON object"),
+        ("[" * 100_000, "not JSON"),
+    ):
+        index.write_text(text, encoding="utf-8")
+        assert main(["learn", "pipe", "-o", "o.json"]) == 2
+        assert message in capsys.readouterr().err
+
+
+BAD_MODULES = [
+    ("x = 1 / 0", "f", "bad fails: ZeroDivisionError: division by zero ("),
+    ("import nothing_of_this_name", "f", "No module named 'nothing_of_this_name'"),
+    ("def f(:", "f", "bad fails: SyntaxError"),
+    ("raise SystemExit(3)", "f", "bad fails: SystemExit: 3"),
+    ("def f(): raise KeyError('k')", "f", "f() fails: KeyError: 'k' ("),
+    ("def f(): return 3", "f", "expected a denoiser D(x, t), or a function"),
+    ("class f:\n  def __init__(self, a): ...", "f", "got a class"),
+    ("def f(x, t): return x\nf.process = 've'", "f", "its .process is a str"),
+    (
+        "import artlib\ndef f(x, t): return x\n"
+        "f.process, f.sample_shape = artlib.VE(), 3",
+        "f",
+        "its .sample_shape is 3, expected whole numbers",
+    ),
+    ("", "f", "has no 'f'"),
+    ("", "", "expected module:name"),
+    ("", "a-b", "expected module:name"),
+    (
+        "import artlib\ndef f(x, t): return {}['k']\n"
+        "f.process, f.sample_shape = artlib.VE(), (2,)",
+        "f",
+        "KeyError: 'k' (",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "name", "message"), BAD_MODULES)
+def test_a_module_that_fails_is_refused_in_one_sentence(
+    here: Path, text: str, name: str, message: str, capsys: Any
+) -> None:
+    (here / "bad.py").write_text(text)
+    try:
+        status = main(["learn", f"bad:{name}", "-o", "o.json", "-n", "2", "--quiet"])
+    finally:
+        sys.modules.pop("bad", None)
+    assert status in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith("artlib learn: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    if message.endswith("("):
+        assert f"{here / 'bad.py'}, line " in error
+
+
+@pytest.mark.parametrize("source", ["bad.py:f", ":f", ".bad:f", "a/bad:f", "bad:f:g"])
+def test_what_is_no_module_and_name_is_refused(
+    here: Path, source: str, capsys: Any
+) -> None:
+    assert main(["learn", source, "-o", "o.json"]) == 2
+    assert f"{source}: expected module:name" in capsys.readouterr().err
+
+
+def test_a_class_is_made_a_denoiser(here: Path) -> None:
+    argv = ["learn", "cli_module:Exact", *LEARN[2:], "-o"]
+    assert main([*argv, "c.json"]) == 0
+    assert main([*LEARN, "-o", "s.json"]) == 0
+    found, expected = (artlib.Schedule.load(f"{name}.json") for name in "cs")
+    assert torch.equal(found.grid(7), expected.grid(7))
 
 
 REFUSED = [

@@ -8,6 +8,9 @@ artlib is installed into ComfyUI's Python. In the graph, connect the node's SIGM
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,10 +18,14 @@ from typing import Any, ClassVar
 from torch import Tensor, empty
 
 from artlib import Schedule
-from artlib._files import write_bytes
+from artlib._files import check_output, write_bytes
 from artlib.adapters.k_diffusion import to_k_diffusion
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "ARTSigmas", "install"]
+
+_STEPS = 10_000
+_GRID = 1_000_000
+"""Steps of the whole grid, of which ``denoise`` takes the last ones."""
 
 _COORDINATES = {"of the schedule": None, "sigma / alpha": "level", "flow": "flow"}
 
@@ -34,16 +41,43 @@ class ARTSigmas:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, dict[str, Any]]:
         """What the node asks for; the schedules are the JSON files of its folder."""
-        names = sorted(path.name for path in cls.FOLDER.glob("*.json"))
         denoise = {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01}
         return {
             "required": {
-                "schedule": (names,),
-                "steps": ("INT", {"default": 10, "min": 1, "max": 10_000}),
+                "schedule": (cls._names(),),
+                "steps": ("INT", {"default": 10, "min": 1, "max": _STEPS}),
                 "denoise": ("FLOAT", denoise),
                 "coordinate": (list(_COORDINATES),),
             }
         }
+
+    @classmethod
+    def IS_CHANGED(
+        cls,
+        schedule: str,
+        steps: int | None = None,
+        denoise: float | None = None,
+        coordinate: str | None = None,
+    ) -> str:
+        """What ComfyUI keeps a result by, beside the inputs: the file's content.
+
+        Args:
+            schedule: As in `get_sigmas`.
+            steps: Not looked at; ComfyUI compares the inputs itself.
+            denoise: The same.
+            coordinate: The same.
+
+        Returns:
+            The file's SHA-256, or that there is none.
+        """
+        if schedule not in cls._names():
+            return "missing"
+        return hashlib.sha256((cls.FOLDER / schedule).read_bytes()).hexdigest()
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        found = (p for p in cls.FOLDER.glob("*.json") if p.is_file())
+        return sorted(path.name for path in found)
 
     def get_sigmas(
         self,
@@ -65,18 +99,30 @@ class ARTSigmas:
 
         Raises:
             ExportError: If the grid cannot be given in that coordinate.
-            ValueError: If the name is a path, or a number out of its range.
+            TypeError: If ``steps`` is no whole number.
+            ValueError: If there is no such schedule, or a number is out of its range.
         """
-        if Path(schedule).name != schedule:
+        if schedule not in (names := self._names()):
             raise ValueError(
-                f"schedule: expected the name of a file in {self.FOLDER}, got "
-                f"{schedule!r}"
+                f"schedule: expected the name of a file in {self.FOLDER}, one of "
+                f"{names}, got {schedule!r}"
+            )
+        if isinstance(steps, bool) or not isinstance(steps, int):
+            raise TypeError(f"steps: expected a whole number, got {steps!r}")
+        if not 1 <= steps <= _STEPS:
+            raise ValueError(f"steps: expected 1 to {_STEPS}, got {steps}")
+        if not isinstance(denoise, int | float) or not 0 <= denoise <= 1:
+            raise ValueError(f"denoise: expected a share in [0, 1], got {denoise!r}")
+        if steps > _GRID * denoise > 0:
+            raise ValueError(
+                f"denoise: {denoise} of the way in {steps} steps would need a grid of "
+                f"more than {_GRID}; take fewer steps or a larger share"
             )
         if coordinate not in _COORDINATES:
             raise ValueError(
                 f"coordinate: expected one of {list(_COORDINATES)}, got {coordinate!r}"
             )
-        if denoise <= 0:
+        if denoise == 0:
             return (empty(0),)
         return (
             to_k_diffusion(
@@ -92,26 +138,80 @@ NODE_CLASS_MAPPINGS = {"ARTSigmas": ARTSigmas}
 NODE_DISPLAY_NAME_MAPPINGS = {"ARTSigmas": "ART schedule"}
 
 
-def install(schedule: Schedule, folder: str | os.PathLike[str], name: str) -> Path:
+def schedule_file(folder: str | os.PathLike[str], name: str) -> Path:
+    """The file of a schedule in the node's folder.
+
+    Args:
+        folder: The node's folder.
+        name: With or without ``.json``.
+
+    Raises:
+        ValueError: If ``name`` is empty, a path, or not printable.
+    """
+    stem = name[: -len(".json")] if name.lower().endswith(".json") else name
+    if not stem.strip(" .") or Path(name).name != name or not name.isprintable():
+        raise ValueError(f"name: expected a plain file name, got {name!r}")
+    return Path(folder) / f"{stem}.json"
+
+
+def install(
+    schedule: Schedule,
+    folder: str | os.PathLike[str],
+    name: str,
+    *,
+    force: bool = False,
+) -> Path:
     """Write the node and a schedule into a folder; others in it stay.
+
+    A schedule of that name is replaced.
 
     Args:
         schedule: The schedule.
         folder: For example ``ComfyUI/custom_nodes/artlib_node``; made if missing.
         name: The file's name in the node's list, with or without ``.json``.
+        force: Replace also an ``__init__.py`` that is not this node, and a file of
+            that name that is no schedule.
 
     Returns:
         The path of the schedule's file.
 
     Raises:
+        FileExistsError: If something else is in the way; nothing is written then.
         ValueError: If ``name`` is empty or a path.
         OSError: If the folder cannot be written to.
     """
-    if not name.strip() or Path(name).name != name:
-        raise ValueError(f"name: expected a plain file name, got {name!r}")
-    home = Path(folder)
-    home.mkdir(parents=True, exist_ok=True)
-    write_bytes(home / "__init__.py", Path(__file__).read_bytes())
-    target = home / (name if name.endswith(".json") else f"{name}.json")
+    target = schedule_file(folder, name)
+    node = target.with_name("__init__.py")
+    if not force and node.exists() and not _is_node(node):
+        raise FileExistsError(
+            errno.EEXIST,
+            "belongs to another package; choose another folder, or replace it with "
+            "force=True (--force on the command line)",
+            os.fspath(node),
+        )
+    if not force and target.is_file() and not _is_schedule(target):
+        raise FileExistsError(
+            errno.EEXIST,
+            "is no schedule; choose another name, or replace it with force=True "
+            "(--force on the command line)",
+            os.fspath(target),
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    check_output(target)
+    write_bytes(node, Path(__file__).read_bytes())
     schedule.save(target)
     return target
+
+
+def _is_node(file: Path) -> bool:
+    """Whether a file is this node, or that of another version of artlib."""
+    own = Path(__file__).read_bytes().splitlines()[0]
+    return file.is_file() and file.read_bytes().splitlines()[:1] == [own]
+
+
+def _is_schedule(file: Path) -> bool:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and data.get("format") == "artlib-schedule"
