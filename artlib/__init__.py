@@ -62,7 +62,7 @@ from .metrics import (
     wasserstein2,
     wasserstein2_gaussian,
 )
-from .processes import VE, VP, Process, RectifiedFlow
+from .processes import VE, VP, Process, RectifiedFlow, register_process
 from .refine import refine
 from .schedules import (
     ExportError,
@@ -149,6 +149,7 @@ __all__ = [
     "oracle_grid",
     "references",
     "refine",
+    "register_process",
     "sample",
     "sample_stochastic",
     "sliced_wasserstein2",

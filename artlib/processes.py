@@ -19,110 +19,31 @@ clock lives on ``[t_min, t_max]``; the last step of a grid goes on to 0.
 
 from __future__ import annotations
 
-import dataclasses
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ._checks import finite_float
+from ._process_base import Process, as_time, check_process
+from ._process_base import to_time as _time
+from ._process_registry import process_from_dict, register_process
 from ._types import TimeLike
 
-
-def as_time(t: TimeLike, device: torch.device | None = None) -> Tensor:
-    """A time in float64, on a device if one is given; a tensor keeps its graph."""
-    # as_tensor(t) first would round a Python float to torch's default dtype.
-    if isinstance(t, Tensor):
-        return t.to(device=device, dtype=torch.float64)
-    return torch.tensor(t, dtype=torch.float64, device=device)
-
-
-def _time(t: TimeLike) -> Tensor:
-    """A time as a floating tensor: floating tensors keep their dtype."""
-    return t if isinstance(t, Tensor) and t.is_floating_point() else as_time(t)
+__all__ = [
+    "VE",
+    "VP",
+    "Process",
+    "RectifiedFlow",
+    "as_time",
+    "check_process",
+    "process_from_dict",
+    "register_process",
+]
 
 
-class Process(ABC):
-    """A law of noising; concrete ones are frozen, comparable dataclasses.
-
-    Attributes:
-        t_min: Smallest time of a learned clock; the last step goes from there or
-            from above it straight to 0.
-        t_max: Time at which sampling starts.
-        name: The key under which `process_from_dict` finds the class.
-    """
-
-    name: ClassVar[str]
-    t_min: float
-    t_max: float
-
-    @abstractmethod
-    def alpha(self, t: TimeLike) -> Tensor:
-        r"""Signal factor :math:`\alpha(t)`, elementwise, in the shape of ``t``."""
-
-    @abstractmethod
-    def sigma(self, t: TimeLike) -> Tensor:
-        r"""Noise standard deviation :math:`\sigma(t)`, elementwise."""
-
-    @abstractmethod
-    def alpha_dot(self, t: TimeLike) -> Tensor:
-        r"""Derivative :math:`\dot\alpha(t)`, elementwise."""
-
-    @abstractmethod
-    def sigma_dot(self, t: TimeLike) -> Tensor:
-        r"""Derivative :math:`\dot\sigma(t)`, elementwise."""
-
-    @abstractmethod
-    def alpha_ddot(self, t: TimeLike) -> Tensor:
-        r"""Second derivative :math:`\ddot\alpha(t)`, elementwise."""
-
-    @abstractmethod
-    def sigma_ddot(self, t: TimeLike) -> Tensor:
-        r"""Second derivative :math:`\ddot\sigma(t)`, elementwise."""
-
-    @abstractmethod
-    def inverse_noise_level(self, level: TimeLike) -> Tensor:
-        r"""The time t at which :math:`\sigma(t) / \alpha(t)` equals ``level``."""
-
-    def noise_level(self, t: TimeLike) -> Tensor:
-        r"""Noise-to-signal ratio :math:`\sigma(t) / \alpha(t)`.
-
-        The :math:`\sigma` of EDM and k-diffusion; infinite where :math:`\alpha` is 0.
-        """
-        return self.sigma(t) / self.alpha(t)
-
-    def log_snr(self, t: TimeLike) -> Tensor:
-        r"""Log signal-to-noise ratio :math:`2 \log(\alpha / \sigma)`."""
-        return -2 * torch.log(self.noise_level(t))
-
-    def inverse_log_snr(self, log_snr: TimeLike) -> Tensor:
-        r"""The time t at which the log signal-to-noise ratio equals ``log_snr``."""
-        return self.inverse_noise_level(torch.exp(-_time(log_snr) / 2))
-
-    def drift(self, t: TimeLike) -> Tensor:
-        r"""The coefficient :math:`f(t)` of :math:`dx = -f x\,dt + g\,dW`, eq. (1)."""
-        return -self.alpha_dot(t) / self.alpha(t)
-
-    def diffusion_squared(self, t: TimeLike) -> Tensor:
-        r"""The square :math:`g(t)^2` of the noise coefficient of eq. (1)."""
-        sigma = self.sigma(t)
-        return 2 * sigma * self.sigma_dot(t) + 2 * self.drift(t) * sigma**2
-
-    def to_dict(self) -> dict[str, Any]:
-        """Name and parameters, ready for JSON; `process_from_dict` inverts it."""
-        return {"name": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
-
-    def _check_range(self) -> None:
-        t_min = finite_float(self.t_min, "t_min", positive=True)
-        t_max = finite_float(self.t_max, "t_max", positive=True)
-        if t_min >= t_max:
-            raise ValueError(
-                f"{type(self).__name__}: expected t_min < t_max, got {t_min} >= {t_max}"
-            )
-
-
+@register_process
 @dataclass(frozen=True)
 class VE(Process):
     r"""Variance exploding in EDM's parametrisation: :math:`\alpha = 1, \sigma = t`.
@@ -132,6 +53,7 @@ class VE(Process):
         sigma_max: Largest noise level, equal to ``t_max``; in units of the data.
 
     Raises:
+        TypeError: If one is no real number (text, a boolean, complex).
         ValueError: Unless 0 < sigma_min < sigma_max < infinity.
 
     References:
@@ -143,7 +65,7 @@ class VE(Process):
     sigma_max: float = 80.0
 
     def __post_init__(self) -> None:
-        self._check_range()
+        self._check_range("sigma_min", "sigma_max")
 
     @property
     def t_min(self) -> float:  # type: ignore[override]
@@ -174,9 +96,10 @@ class VE(Process):
         return torch.zeros_like(_time(t))
 
     def inverse_noise_level(self, level: TimeLike) -> Tensor:
-        return _time(level)
+        return _time(level, "level")
 
 
+@register_process
 @dataclass(frozen=True)
 class VP(Process):
     r"""Variance preserving with linear beta: :math:`\alpha^2 + \sigma^2 = 1`.
@@ -195,6 +118,7 @@ class VP(Process):
         t_max: Time at which sampling starts.
 
     Raises:
+        TypeError: If one is no real number.
         ValueError: Unless 0 < beta_min <= beta_max and 0 < t_min < t_max, all finite.
 
     References:
@@ -210,10 +134,14 @@ class VP(Process):
     def __post_init__(self) -> None:
         self._check_range()
         low = finite_float(self.beta_min, "beta_min", positive=True)
-        if finite_float(self.beta_max, "beta_max") < low:
+        high = finite_float(self.beta_max, "beta_max", positive=True)
+        if high < low:
             raise ValueError(
-                f"beta_max: expected at least beta_min = {low}, got {self.beta_max}"
+                f"beta_max: expected at least beta_min = {low}, got {high}; noise is "
+                "added faster and faster"
             )
+        object.__setattr__(self, "beta_min", low)
+        object.__setattr__(self, "beta_max", high)
 
     def _integral(self, t: TimeLike) -> Tensor:
         """B(t), the integral of beta from 0 to t."""
@@ -256,13 +184,14 @@ class VP(Process):
         return torch.sqrt(torch.expm1(self._integral(t)))
 
     def inverse_noise_level(self, level: TimeLike) -> Tensor:
-        integral = torch.log1p(_time(level) ** 2)
+        integral = torch.log1p(_time(level, "level") ** 2)
         slope = self.beta_max - self.beta_min
         root = torch.sqrt(self.beta_min**2 + 2 * slope * integral)
         # The other form of the quadratic's root: no cancellation, and slope may be 0.
         return 2 * integral / (self.beta_min + root)
 
 
+@register_process
 @dataclass(frozen=True)
 class RectifiedFlow(Process):
     r"""Straight interpolation of flow matching: :math:`\alpha = 1 - t, \sigma = t`.
@@ -275,6 +204,7 @@ class RectifiedFlow(Process):
         t_max: Time at which sampling starts; at most 1.
 
     Raises:
+        TypeError: If one is no real number.
         ValueError: Unless 0 < t_min < t_max <= 1.
 
     References:
@@ -289,7 +219,9 @@ class RectifiedFlow(Process):
     def __post_init__(self) -> None:
         self._check_range()
         if self.t_max > 1:
-            raise ValueError(f"t_max: expected at most 1, got {self.t_max}")
+            raise ValueError(
+                f"t_max: expected at most 1, where only noise is left, got {self.t_max}"
+            )
 
     def alpha(self, t: TimeLike) -> Tensor:
         return 1 - _time(t)
@@ -310,31 +242,5 @@ class RectifiedFlow(Process):
         return torch.zeros_like(_time(t))
 
     def inverse_noise_level(self, level: TimeLike) -> Tensor:
-        level = _time(level)
+        level = _time(level, "level")
         return torch.where(torch.isinf(level), 1.0, level / (1 + level))
-
-
-_PROCESSES: dict[str, type[Process]] = {c.name: c for c in (VE, VP, RectifiedFlow)}
-
-
-def process_from_dict(data: dict[str, Any]) -> Process:
-    """Rebuild a process from `Process.to_dict`.
-
-    Args:
-        data: ``{"name": ..., parameter: value, ...}``.
-
-    Raises:
-        ValueError: If the name is unknown, or the parameters do not fit it.
-    """
-    if not isinstance(data, dict):
-        raise ValueError(f"process: expected an object, got {type(data).__name__}")
-    parameters = dict(data)
-    name = parameters.pop("name", None)
-    if not isinstance(name, str) or name not in _PROCESSES:
-        raise ValueError(
-            f"process: unknown name {name!r}; known are {sorted(_PROCESSES)}"
-        )
-    try:
-        return _PROCESSES[name](**{k: float(v) for k, v in parameters.items()})
-    except TypeError as error:
-        raise ValueError(f"process: parameters do not fit {name!r}: {error}") from error

@@ -189,10 +189,10 @@ def test_processes_are_values() -> None:
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: VE(sigma_min=0.0), "t_min"),
-        (lambda: VE(sigma_min=2.0, sigma_max=1.0), "t_min < t_max"),
-        (lambda: VE(sigma_max=math.inf), "t_max"),
-        (lambda: VE(sigma_min=math.nan), "t_min"),
+        (lambda: VE(sigma_min=0.0), "^sigma_min"),
+        (lambda: VE(sigma_min=2.0, sigma_max=1.0), "sigma_min < sigma_max"),
+        (lambda: VE(sigma_max=math.inf), "^sigma_max"),
+        (lambda: VE(sigma_min=math.nan), "^sigma_min"),
         (lambda: VP(beta_min=-1.0), "beta_min"),
         (lambda: VP(beta_max=0.05), "beta_max"),
         (lambda: VP(beta_max=math.nan), "beta_max"),
