@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from .processes import Process
+from ._checks import got
+from .processes import Process, check_process
 from .schedules import Schedule, from_time_change
 
 _KNOTS = 1025
@@ -36,20 +37,18 @@ def convert(schedule: Schedule, process: Process) -> Schedule:
     """
     if not isinstance(schedule, Schedule):
         raise TypeError(
-            f"schedule: expected a Schedule, got {type(schedule).__name__}; "
+            f"schedule: expected a Schedule, got {got(schedule)}; "
             "from_grid(process, grid) makes one from a list of times"
         )
-    if not isinstance(process, Process):
-        raise TypeError(
-            "process: expected an artlib process such as artlib.VP(), got "
-            f"{type(process).__name__}"
-        )
+    check_process(process)
     if schedule.last_step == "zero":
         raise ValueError(
             "schedule: it goes to t = 0 by itself and has no last noise level to "
             "carry; use resample and from_grid, or make it anew in the other process"
         )
-    clock = torch.linspace(0, schedule.horizon, _KNOTS, dtype=torch.float64)
+    clock = torch.linspace(
+        0, schedule.horizon, _KNOTS, dtype=torch.float64, device="cpu"
+    )
     level = schedule.process.noise_level(schedule.time(clock))
     low, high = (process.noise_level(t) for t in (process.t_min, process.t_max))
     # A margin, so that no knot falls on an end that is set below.

@@ -46,7 +46,7 @@ def table_times(process: Process, points: int) -> Tensor:
         float64 tensor [points]; the ends are exact, the spacing even to round-off.
     """
     ends = math.log(process.t_min), math.log(process.t_max)
-    fine = torch.linspace(*ends, 20_001, dtype=torch.float64).exp()
+    fine = torch.linspace(*ends, 20_001, dtype=torch.float64, device="cpu").exp()
     levels = log_level(process, fine).numpy()
     wanted = np.linspace(levels[-1], levels[0], points)
     times = torch.from_numpy(np.interp(wanted, levels, fine.numpy()))

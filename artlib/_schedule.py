@@ -11,13 +11,25 @@ import torch
 from torch import Tensor
 
 from . import _schedule_io
-from ._checks import positive_int
-from ._schedule_checks import LastStep, describe_origin, end_of_range, within
+from ._checks import got, positive_int
+from ._process_registry import (
+    UnknownProcessError,
+    process_from_dict,
+    same_process,
+    saved_process,
+)
+from ._schedule_checks import (
+    LastStep,
+    check_labels,
+    describe_origin,
+    end_of_range,
+    within,
+)
 from ._schedule_io import ScheduleFormatError
-from ._time_change import Linear, TimeChange
+from ._time_change import Formula, Linear, TimeChange
 from ._time_table import Interpolation, Table, uniform_clock
 from ._types import TimeLike, Times
-from .processes import Process, process_from_dict
+from .processes import Process, check_process
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,7 +43,12 @@ class Schedule:
         process: The noising process whose time it runs in.
         time_change: The map from clock to time, an immutable value.
         last_step: ``"free"``, ``"pinned"`` or ``"zero"``, see `artlib.schedules`.
-        name: A label for tables and legends.
+        name: A label for tables and legends, in one line.
+
+    Raises:
+        TypeError: If a field is of another type.
+        ValueError: If the time change does not run over the range of the process, or
+            the name holds control characters.
     """
 
     process: Process
@@ -42,6 +59,11 @@ class Schedule:
 
     def __post_init__(self) -> None:
         expected = (self.process.t_max, end_of_range(self.process, self.last_step))
+        if not isinstance(self.time_change, TimeChange):
+            raise TypeError(
+                f"time_change: expected a TimeChange, got {got(self.time_change)}; "
+                "from_time_change(process, clock, times) makes a schedule of knots"
+            )
         found = (self.time_change.t_max, self.time_change.t_end)
         if found != expected:
             raise ValueError(
@@ -49,8 +71,13 @@ class Schedule:
                 f"schedule with last step {self.last_step!r} for {self.process} runs "
                 f"from {expected[0]!r} to {expected[1]!r}"
             )
-        if not isinstance(self.name, str):
-            raise TypeError(f"name: expected a str, got {type(self.name).__name__}")
+        change = self.time_change
+        if isinstance(change, Formula) and change.process != self.process:
+            raise ValueError(
+                f"time_change: made for {change.process}, got the process "
+                f"{self.process}; convert carries a schedule to another process"
+            )
+        check_labels(self.name, self._provenance)
 
     @property
     def horizon(self) -> float:
@@ -145,17 +172,21 @@ class Schedule:
         """
         K = positive_int(K, "K")
         if isinstance(self.time_change, Linear):
-            nodes = torch.linspace(self.process.t_max, 0.0, K + 1, dtype=torch.float64)
+            nodes = torch.linspace(
+                self.process.t_max, 0.0, K + 1, dtype=torch.float64, device="cpu"
+            )
         elif self.last_step == "pinned" and K == 1:
-            nodes = torch.tensor([self.process.t_max, 0.0], dtype=torch.float64)
+            nodes = torch.tensor(
+                [self.process.t_max, 0.0], dtype=torch.float64, device="cpu"
+            )
         else:
             pinned = self.last_step == "pinned"
             clock = uniform_clock(self.horizon, K if pinned else K + 1)
-            nodes = self.time(torch.tensor(clock, dtype=torch.float64))
+            nodes = self.time(torch.tensor(clock, dtype=torch.float64, device="cpu"))
             if pinned:
-                nodes = torch.cat([nodes, torch.zeros(1, dtype=torch.float64)])
+                nodes = torch.cat([nodes, nodes.new_zeros(1)])
         nodes[-1] = 0.0
-        stalled = (nodes[1:] >= nodes[:-1]).nonzero()
+        stalled = (~(nodes[1:] < nodes[:-1])).nonzero()  # a NaN stalls too
         if len(stalled):
             k = int(stalled[0])
             raise ValueError(
@@ -238,11 +269,17 @@ class Schedule:
         return to_k_diffusion(self, K, denoise=denoise)
 
     def to_json(self) -> str:
-        """The schedule as JSON text; `from_json` gives back the same to the bit."""
+        """The schedule as JSON text; `from_json` gives back the same to the bit.
+
+        Raises:
+            TypeError: If the process is one of your own whose parameters have no JSON
+                form, or that is no dataclass.
+            ValueError: If the process would come back as another one.
+        """
         return _schedule_io.dumps(
             {
                 "name": self.name,
-                "process": self.process.to_dict(),
+                "process": saved_process(self.process),
                 "last_step": self.last_step,
                 "provenance": self.provenance,
                 "time_change": self.time_change.to_dict(),
@@ -250,20 +287,33 @@ class Schedule:
         )
 
     @classmethod
-    def from_json(cls, text: str, *, source: str = "JSON text") -> Schedule:
+    def from_json(
+        cls, text: str, *, source: str = "JSON text", process: Process | None = None
+    ) -> Schedule:
         """Rebuild a schedule from `to_json`.
 
         Args:
             text: The JSON text.
             source: What to call it in messages.
+            process: The process that it was made for; needed where that is one of your
+                own which is not registered, see `artlib.register_process`.
 
         Raises:
             ScheduleFormatError: If the text is damaged, foreign, newer, incomplete,
-                not finite or not monotone.
+                not finite or not monotone, or of a process that is not known here.
+            TypeError: If ``text`` is no str or ``process`` no process.
         """
         data = _schedule_io.loads(text, source)
+        if process is not None:
+            check_process(process)
         try:
-            process = process_from_dict(data["process"])
+            if process is None:
+                process = process_from_dict(data["process"])
+                missing = process.to_dict().keys() - data["process"].keys()
+                if missing:
+                    raise ValueError(f"process: lacks {', '.join(sorted(missing))}")
+            else:
+                same_process(process, data["process"])
             if not isinstance(data["provenance"], dict):
                 raise ValueError("provenance: expected an object")
             return cls(
@@ -275,7 +325,9 @@ class Schedule:
                 name=data["name"],
                 _provenance=json.dumps(data["provenance"]),
             )
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except UnknownProcessError as error:
+            raise ScheduleFormatError(f"{source}: {error}") from error
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             lacks = "lacks " if isinstance(error, KeyError) else ""
             raise ScheduleFormatError(
                 f"{source}: {lacks}{error}; the file was damaged or edited: write it "
@@ -287,18 +339,28 @@ class Schedule:
 
         Raises:
             OSError: If that fails; the old file, if any, is then untouched.
+            TypeError: If the process cannot be saved, see `to_json`.
+            ValueError: Likewise.
         """
         _schedule_io.write_text(path, self.to_json())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Schedule:
+    def load(
+        cls, path: str | os.PathLike[str], *, process: Process | None = None
+    ) -> Schedule:
         """Read a schedule written by `save`; executes and unpickles nothing.
+
+        Args:
+            path: The file.
+            process: As in `from_json`.
 
         Raises:
             FileNotFoundError: If there is no such file.
             ScheduleFormatError: If it is no schedule that this version can use.
+            TypeError: If ``path`` is no path or ``process`` no process.
         """
-        return cls.from_json(_schedule_io.read_text(path), source=os.fspath(path))
+        text = _schedule_io.read_text(path)
+        return cls.from_json(text, source=os.fspath(path), process=process)
 
     def __repr__(self) -> str:
         return (

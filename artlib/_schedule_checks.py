@@ -5,26 +5,25 @@ from __future__ import annotations
 import json
 from typing import Any, Literal, TypeAlias, get_args
 
-import torch
 from torch import Tensor
 
 from . import _schedule_io
+from ._checks import got, printable
+from ._time_change import ROUND_OFF
 from ._types import TimeLike
-from .processes import Process
+from .processes import Process, as_time, check_process
 
 LastStep: TypeAlias = Literal["free", "pinned", "zero"]
-
-# What counts as round-off where a number has to equal an end of a range: enough for
-# values that went through float32.
-ROUND_OFF = 1e-6
 
 
 def end_of_range(process: Process, last_step: str) -> float:
     """Where the time change ends: t_min, or 0 for the last step "zero".
 
     Raises:
+        TypeError: If ``process`` is none.
         ValueError: If the last step is unknown.
     """
+    check_process(process)
     if last_step not in get_args(LastStep):
         raise ValueError(
             f"last_step: expected one of {get_args(LastStep)}, got {last_step!r}"
@@ -39,23 +38,50 @@ def describe_origin(made_by: str, more: dict[str, Any] | None = None) -> str:
         TypeError: If what the caller adds has no JSON form.
         ValueError: If it holds a NaN or an infinity.
     """
+    if not isinstance(more, dict | None):
+        raise TypeError(
+            f"provenance: expected a dict of strings, finite numbers and lists, got "
+            f"{got(more)}"
+        )
     version = _schedule_io.library_version()
     origin = {"library": "artlib", "version": version, "made_by": made_by}
     try:
         return json.dumps(origin | (more or {}), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise type(error)(
+    except (TypeError, ValueError, RecursionError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
             f"provenance: {error}; give a dict of strings, finite numbers and lists"
         ) from error
+
+
+def check_labels(name: Any, provenance: Any) -> None:
+    """Check the labels of a schedule: its name, and its provenance as JSON text.
+
+    Raises:
+        TypeError: If they are no text.
+        ValueError: If the name or a key of the provenance holds control characters.
+    """
+    printable(name, "name")
+    if not isinstance(provenance, str) or not provenance.startswith("{"):
+        raise TypeError(
+            f"provenance: expected the JSON text of an object, got {got(provenance)}"
+        )
+
+    def check_keys(pairs: list[tuple[str, Any]]) -> None:
+        for key, _ in pairs:
+            printable(key, "provenance")
+
+    json.loads(provenance, object_pairs_hook=check_keys)
 
 
 def within(value: TimeLike, name: str, low: float, high: float, whose: str) -> Tensor:
     """A float64 tensor clamped to a range that it may leave by round-off only.
 
     Raises:
+        TypeError: If it is no number and no tensor of them.
         ValueError: If a value is outside, or NaN.
     """
-    x = torch.as_tensor(value, dtype=torch.float64)
+    x = as_time(value, name=name)
     slack = ROUND_OFF * low if low > 0 else 1e-9 * high
     inside = (x >= low - slack) & (x <= high * (1 + ROUND_OFF))
     if not bool(inside.all()):

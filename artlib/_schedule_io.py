@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ._checks import finite_float, got
 from ._files import write_bytes
 from ._time_change import BetaQuantiles, Linear, NoiseWarp, TimeChange
 from ._time_table import Table, uniform_clock
@@ -21,6 +22,14 @@ from .processes import Process
 FORMAT = "artlib-schedule"
 VERSION = 1
 KEYS = ("name", "process", "time_change", "last_step", "provenance")
+
+
+_PARAMETERS: dict[type[TimeChange], tuple[str, ...]] = {
+    Linear: (),
+    NoiseWarp: ("warp", "rho"),
+    BetaQuantiles: ("a", "b"),
+    Table: ("interpolation", "clock", "times"),
+}
 
 
 class ScheduleFormatError(ValueError):
@@ -64,9 +73,15 @@ def loads(text: str, source: str) -> dict[str, Any]:
         The object, with all of `KEYS` present.
 
     Raises:
-        ScheduleFormatError: If it is not JSON, no schedule, newer, incomplete, or
-            holds a number that is not finite.
+        ScheduleFormatError: If it is not JSON, no schedule, newer, incomplete, has a
+            key twice, or holds a number that is not finite.
+        TypeError: If ``text`` is no str.
     """
+    if not isinstance(text, str):
+        raise TypeError(
+            f"text: expected the JSON text of a schedule, got {got(text)}; "
+            "Schedule.load reads a file"
+        )
 
     def refuse(token: str) -> float:
         raise ScheduleFormatError(
@@ -78,8 +93,25 @@ def loads(text: str, source: str) -> dict[str, Any]:
         # 1e999 is valid JSON and reads as infinity.
         return number if math.isfinite(number := float(token)) else refuse(token)
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ScheduleFormatError(
+                f"{source}: has the key {twice!r} twice, and which one counts is not "
+                "known; remove one, or write the file again with Schedule.save"
+            )
+        return found
+
     try:
-        data = json.loads(text, parse_constant=refuse, parse_float=finite)
+        data = json.loads(
+            # Some editors open a file with a byte-order mark.
+            text.removeprefix("\ufeff"),
+            parse_constant=refuse,
+            parse_float=finite,
+            object_pairs_hook=once,
+        )
     except ScheduleFormatError:
         raise
     except ValueError as error:
@@ -102,7 +134,7 @@ def loads(text: str, source: str) -> dict[str, Any]:
         )
     if version > VERSION:
         raise ScheduleFormatError(
-            f"{source}: written in version {version} of the format, this library reads "
+            f"{source}: written in version {version!s:.9} of the format, this library reads "
             f"up to {VERSION}; upgrade it with pip install -U art-diffusion"
         )
     missing = [key for key in KEYS if key not in data]
@@ -119,14 +151,17 @@ def read_text(path: str | os.PathLike[str]) -> str:
     Raises:
         FileNotFoundError: If there is none.
         ScheduleFormatError: If it is not UTF-8 text.
+        TypeError: If ``path`` is none.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: expected a str or a pathlib.Path, got {got(path)}")
     try:
         # Some editors begin a file with a byte-order mark.
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ScheduleFormatError(
-            f"{os.fspath(path)}: not a text file; a schedule is JSON written by "
-            "Schedule.save (pickles and checkpoints are never loaded here)"
+            f"{os.fspath(path)}: not a text file in UTF-8; a schedule is JSON written "
+            "by Schedule.save (pickles and checkpoints are never loaded here)"
         ) from error
 
 
@@ -147,21 +182,32 @@ def time_change_from_dict(process: Process, data: dict[str, Any]) -> TimeChange:
         ValueError: If the kind is unknown or a parameter does not fit.
         TypeError: If a parameter is of the wrong type.
     """
+    if not isinstance(data, dict):
+        raise TypeError(f"time_change: expected an object, got {got(data)}")
     kind = data["kind"]
+    known = {c.kind: keys for c, keys in _PARAMETERS.items()}
+    if not isinstance(kind, str) or kind not in known:
+        raise ValueError(f"time change: unknown kind {kind!r}")
+    foreign = [key for key in data if key != "kind" and key not in known[kind]]
+    if foreign:
+        raise ValueError(f"time change: {kind!r} has no {foreign[0]!r}")
     if kind == Linear.kind:
         return Linear(process)
     if kind == NoiseWarp.kind:
-        rho = float(data["rho"]) if "rho" in data else None
-        return NoiseWarp(process, data["warp"], rho)
+        return NoiseWarp(process, data["warp"], data.get("rho"))
     if kind == BetaQuantiles.kind:
-        return BetaQuantiles(process, float(data["a"]), float(data["b"]))
-    if kind == Table.kind:
-        times = tuple(float(t) for t in data["times"])
-        if "clock" in data:
-            clock = tuple(float(c) for c in data["clock"])
-        elif len(times) >= 2:
-            clock = uniform_clock(times[0] - times[-1], len(times))
-        else:
-            raise ValueError(f"times: expected at least 2 knots, got {len(times)}")
-        return Table(clock, times, data["interpolation"])
-    raise ValueError(f"time change: unknown kind {kind!r}")
+        return BetaQuantiles(process, data["a"], data["b"])
+    times = _numbers(data["times"], "times")
+    if "clock" in data:
+        clock = _numbers(data["clock"], "clock")
+    elif len(times) >= 2:
+        clock = uniform_clock(times[0] - times[-1], len(times))
+    else:
+        raise ValueError(f"times: expected at least 2 knots, got {len(times)}")
+    return Table(clock, times, data["interpolation"])
+
+
+def _numbers(value: Any, name: str) -> tuple[float, ...]:
+    if not isinstance(value, list):
+        raise TypeError(f"{name}: expected a list of numbers, got {got(value)}")
+    return tuple(finite_float(v, f"{name}[{k}]") for k, v in enumerate(value))

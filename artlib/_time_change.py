@@ -30,7 +30,11 @@ from scipy import special
 from torch import Tensor
 
 from ._checks import finite_float
-from .processes import Process
+from .processes import Process, check_process
+
+# What counts as round-off where a number has to equal an end of a range: enough for
+# values that went through float32.
+ROUND_OFF = 1e-6
 
 
 class TimeChange(ABC):
@@ -98,6 +102,9 @@ class Formula(TimeChange):
 
     process: Process
 
+    def __post_init__(self) -> None:
+        check_process(self.process)
+
     @property
     def t_max(self) -> float:  # type: ignore[override]
         return self.process.t_max
@@ -151,14 +158,19 @@ class NoiseWarp(Formula):
     rho: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.warp not in ("power", "log", "arctan"):
             raise ValueError(
                 f"warp: expected 'power', 'log' or 'arctan', got {self.warp!r}"
             )
         if (self.warp == "power") != (self.rho is not None):
-            raise ValueError(f"rho: got {self.rho} for the warp {self.warp!r}")
+            raise ValueError(
+                f"rho: got {self.rho} for the warp {self.warp!r}; 'power' needs one, "
+                "the others have none"
+            )
         if self.rho is not None:
-            finite_float(self.rho, "rho", positive=True)
+            rho = finite_float(self.rho, "rho", positive=True)
+            object.__setattr__(self, "rho", rho)
         start, end = self._ends
         if not (np.isfinite(start) and start > end):
             raise ValueError(
@@ -180,7 +192,7 @@ class NoiseWarp(Formula):
 
     @cached_property
     def _ends(self) -> tuple[float, float]:
-        ends = torch.tensor([self.t_max, self.t_end], dtype=torch.float64)
+        ends = torch.tensor([self.t_max, self.t_end], dtype=torch.float64, device="cpu")
         start, end = self._warp(self._level(ends)).tolist()
         return start, end
 
@@ -245,8 +257,10 @@ class BetaQuantiles(Formula):
     b: float
 
     def __post_init__(self) -> None:
-        finite_float(self.a, "a", positive=True)
-        finite_float(self.b, "b", positive=True)
+        super().__post_init__()
+        for name in ("a", "b"):
+            value = finite_float(getattr(self, name), name, positive=True)
+            object.__setattr__(self, name, value)
 
     def _quantile(self, clock: Tensor) -> tuple[Tensor, Tensor]:
         """X = (t - t_end) / T and y = 1 - x, each precise where it is small."""
@@ -254,8 +268,8 @@ class BetaQuantiles(Formula):
         x = special.betaincinv(self.a, self.b, 1 - u)
         y = special.betaincinv(self.b, self.a, u)
         x, y = np.where(u < 0.5, 1 - y, x), np.where(u < 0.5, y, 1 - x)
-        x, y = (torch.as_tensor(v, dtype=torch.float64) for v in (x, y))
-        return x.to(clock.device), y.to(clock.device)
+        x, y = (torch.from_numpy(np.asarray(v)).to(clock.device) for v in (x, y))
+        return x, y
 
     def _speed_at(self, x: Tensor, y: Tensor) -> Tensor:
         # One over the Beta density. pow, because 0 ** 0 = 1 at the ends.
@@ -274,7 +288,7 @@ class BetaQuantiles(Formula):
         from_start = special.betainc(self.b, self.a, y.cpu().numpy())
         from_end = special.betainc(self.a, self.b, x.cpu().numpy())
         u = np.where(from_start < 0.5, from_start, 1 - from_end)
-        clock = torch.as_tensor(self.horizon * u, dtype=torch.float64).to(t.device)
+        clock = torch.from_numpy(np.asarray(self.horizon * u)).to(t.device)
         return with_derivative(t, clock, -1 / self._speed_at(x, y))
 
     def speed(self, clock: Tensor) -> Tensor:

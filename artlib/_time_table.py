@@ -19,7 +19,8 @@ import torch
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
-from ._time_change import TimeChange, with_derivative
+from ._checks import real_tensor
+from ._time_change import ROUND_OFF, TimeChange, with_derivative
 
 Interpolation: TypeAlias = Literal["pchip", "linear", "log-linear"]
 INTERPOLATIONS: tuple[str, ...] = get_args(Interpolation)
@@ -46,7 +47,9 @@ class Table(TimeChange):
                 f"interpolation: expected one of {INTERPOLATIONS}, "
                 f"got {self.interpolation!r}"
             )
-        clock, times = np.array(self.knots_clock), np.array(self.knots_time)
+        # Copies: the ends of the clock are set below.
+        clock = real_tensor(self.knots_clock, "clock").cpu().numpy().copy()
+        times = real_tensor(self.knots_time, "times").cpu().numpy()
         if clock.ndim != 1 or clock.shape != times.shape or clock.size < 2:
             raise ValueError(
                 "clock, times: expected two lists of one length of at least 2, got "
@@ -54,13 +57,30 @@ class Table(TimeChange):
             )
         if not (np.isfinite(clock).all() and np.isfinite(times).all()):
             raise ValueError("clock, times: the knots hold a NaN or an infinity")
-        _refuse(np.diff(clock) <= 0, clock, "clock", "increasing")
         _refuse(np.diff(times) >= 0, times, "times", "decreasing")
         if times[-1] < 0 or (times[-1] == 0 and self.interpolation == "log-linear"):
             raise ValueError(
                 f"times: the last knot is {times[-1]}, from which "
                 f"{self.interpolation!r} cannot interpolate; end at t_min > 0, or use "
                 "interpolation='pchip' down to 0"
+            )
+        horizon = float(times[0]) - float(times[-1])
+        for k, end, what in ((0, 0.0, "first"), (-1, horizon, "last")):
+            if not abs(clock[k] - end) <= ROUND_OFF * horizon:
+                raise ValueError(
+                    f"clock: the {what} knot is {float(clock[k])!r}, expected {end!r}; "
+                    "a clock runs from 0 to t_max - t_min of the times: rescale it"
+                )
+            clock[k] = end
+        _refuse(np.diff(clock) <= 0, clock, "clock", "increasing")
+        object.__setattr__(self, "knots_clock", tuple(clock.tolist()))
+        object.__setattr__(self, "knots_time", tuple(times.tolist()))
+        with np.errstate(all="ignore"):
+            resolved = all(bool(torch.isfinite(k).all()) for k in self._knots)
+        if not resolved:
+            raise ValueError(
+                "clock, times: the knots are so close that float64 has no slope "
+                "between them; leave some out"
             )
 
     @property

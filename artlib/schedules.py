@@ -32,13 +32,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import as_grid, finite_float, positive_int
+from ._checks import as_grid, finite_float, got, positive_int, real_tensor
 from ._schedule import Schedule, through_nodes
-from ._schedule_checks import ROUND_OFF, LastStep, describe_origin, end_of_range
+from ._schedule_checks import LastStep, describe_origin, end_of_range
 from ._schedule_io import ExportError, ScheduleFormatError
-from ._time_change import BetaQuantiles, Formula, Linear, NoiseWarp
+from ._time_change import ROUND_OFF, BetaQuantiles, Formula, Linear, NoiseWarp
 from ._time_table import Interpolation, Table, quantiles, uniform_clock
-from .processes import Process
+from .processes import Process, check_process
 
 __all__ = [
     "ExportError",
@@ -181,9 +181,9 @@ def from_time_change(
         ValueError: If the knots are not finite, not strictly monotone (the message
             says where) or do not start and end where they should.
     """
+    t_max, t_end = check_process(process).t_max, end_of_range(process, last_step)
     times_array = _values(times, "times")
     clock_array = _values(clock, "clock")
-    t_max, t_end = process.t_max, end_of_range(process, last_step)
     horizon = t_max - t_end
     _snap(times_array, 0, t_max, t_max, "times", "t_max")
     _snap(times_array, -1, t_end, t_end or t_max, "times", "the end of the range")
@@ -233,6 +233,7 @@ def from_density(
         ValueError: If times or density do not fit this description; the message says
             which value does not.
     """
+    check_process(process)
     floor = finite_float(floor, "floor", positive=True)
     knots = positive_int(knots, "knots", minimum=2)
     descending = as_grid(times, "times")
@@ -284,6 +285,7 @@ def from_grid(
         ValueError: If the list does not run from t_max to 0, or its second last node
             is below t_min.
     """
+    check_process(process)
     nodes = as_grid(grid, "grid").clone()
     values = nodes.numpy()
     _snap(values, 0, process.t_max, process.t_max, "grid", "t_max")
@@ -309,7 +311,7 @@ def _formula(
 ) -> Schedule:
     """A schedule from a formula; the variant that is not the usual one is named."""
     if not isinstance(pinned, bool):
-        raise TypeError(f"pinned: expected True or False, got {pinned!r}")
+        raise TypeError(f"pinned: expected True or False, got {got(pinned)}")
     suffix = "" if pinned == published else ("-pinned" if pinned else "-unpinned")
     made_by = f"{name}({options + ', ' if options else ''}pinned={pinned})"
     last_step: LastStep = "pinned" if pinned else "free"
@@ -320,7 +322,7 @@ def _formula(
 
 def _values(values: Values, name: str) -> np.ndarray:
     """A copy as a float64 array [n], n >= 2, finite."""
-    tensor = torch.as_tensor(values, dtype=torch.float64).detach().cpu().clone()
+    tensor = real_tensor(values, name, "a sequence of numbers").cpu().clone()
     if tensor.ndim != 1 or tensor.numel() < 2:
         raise ValueError(
             f"{name}: expected at least 2 numbers in one dimension, got shape "
