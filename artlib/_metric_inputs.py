@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import require_finite
+from ._checks import real_tensor, require_finite
 
 ArrayLike: TypeAlias = Tensor | np.ndarray | Sequence[Any]
 """What a metric accepts: tensors on any device, arrays, nested lists of numbers."""
@@ -19,16 +19,18 @@ ArrayLike: TypeAlias = Tensor | np.ndarray | Sequence[Any]
 _ROUNDING = 1e-5
 
 
-def as_double(value: ArrayLike, name: str, remedy: str) -> Tensor:
-    """``value`` as a finite, non-empty float64 tensor that carries no graph."""
-    try:
-        # Without the dtype a list of Python floats would be rounded to float32.
-        tensor = torch.as_tensor(value, dtype=torch.float64).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"{name}: expected a tensor or an array of numbers, got "
-            f"{type(value).__name__}"
-        ) from error
+def as_double(
+    value: ArrayLike,
+    name: str,
+    remedy: str = "drop these samples or find out where they come from",
+) -> Tensor:
+    """``value`` as a finite, non-empty float64 tensor that carries no graph.
+
+    Raises:
+        TypeError: If it is or holds something else than real numbers.
+        ValueError: If it is empty or not finite.
+    """
+    tensor = real_tensor(value, name)
     if tensor.numel() == 0:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, which is empty")
     require_finite(tensor, name, remedy)
@@ -37,9 +39,7 @@ def as_double(value: ArrayLike, name: str, remedy: str) -> Tensor:
 
 def rows(value: ArrayLike, name: str) -> Tensor:
     """Samples [N, *shape] as float64 [N, d]."""
-    tensor = as_double(
-        value, name, "drop these samples or find out where they come from"
-    )
+    tensor = as_double(value, name)
     if tensor.ndim < 2:
         raise ValueError(
             f"{name}: expected samples [N, *shape], got shape {tuple(tensor.shape)}; "
@@ -50,9 +50,7 @@ def rows(value: ArrayLike, name: str) -> Tensor:
 
 def numbers(value: ArrayLike, name: str) -> Tensor:
     """Samples [N] or [N, 1] as float64 [N]."""
-    tensor = as_double(
-        value, name, "drop these samples or find out where they come from"
-    )
+    tensor = as_double(value, name)
     if tensor.ndim == 0 or tensor.numel() != tensor.shape[0]:
         raise ValueError(
             f"{name}: expected one-dimensional samples [N] or [N, 1], got shape "

@@ -26,11 +26,11 @@ import torch
 from scipy.optimize import least_squares, minimize
 from torch import Tensor
 
-from ._checks import as_grid, positive_int, require_finite
+from ._checks import as_grid, positive_int, real_tensor, require_finite
 from ._integrators import SOLVERS, integrate
 from ._types import TimeLike
 from .flow import ProbabilityFlow
-from .processes import Process, as_time
+from .processes import Process, as_time, check_process
 from .schedules import edm, kl_optimal, log_snr
 
 _STARTS = 6
@@ -43,8 +43,7 @@ a grid that float32 could not tell from a shorter one."""
 
 
 def _variances(variances: Tensor | Sequence[float]) -> Tensor:
-    lam = torch.as_tensor(variances)
-    lam = lam.detach().to(torch.float64).cpu()
+    lam = real_tensor(variances, "variances", "the eigenvalues of a covariance").cpu()
     if lam.ndim != 1 or lam.numel() == 0:
         raise ValueError(
             "variances: expected the eigenvalues of the covariance, shape [d], got "
@@ -71,8 +70,9 @@ def _nodes(
     process: Process, grid: Tensor | Sequence[float] | np.ndarray, solver: str
 ) -> Tensor:
     """A checked grid; a float64 tensor that carries a graph keeps it."""
-    if solver not in SOLVERS or SOLVERS[solver].adaptive:
-        known = [name for name, kind in SOLVERS.items() if not kind.adaptive]
+    check_process(process)
+    known = [name for name, kind in SOLVERS.items() if not kind.adaptive]
+    if solver not in known:
         raise ValueError(f"solver: expected one of {known}, got {solver!r}")
     checked = as_grid(grid)
     if abs(float(checked[0]) / process.t_max - 1) > 1e-6:
@@ -104,12 +104,13 @@ def gaussian_output_std(
         float64 [d], along the eigenvectors; differentiable in a float64 ``grid``.
 
     Raises:
+        TypeError: If an argument is of another type.
         ValueError: If an argument is out of its range.
     """
     lam = _variances(variances)
     nodes = _nodes(process, grid, solver)
     with torch.set_grad_enabled(nodes.requires_grad):
-        start = torch.ones(1, lam.numel(), dtype=torch.float64)
+        start = lam.new_ones(1, lam.numel())
         factor = integrate(_flow(process, lam), start, nodes, solver)[0]
         alpha, sigma = process.alpha(nodes[0]), process.sigma(nodes[0])
         return factor.abs() * torch.sqrt(alpha**2 * lam + sigma**2)
@@ -137,6 +138,7 @@ def gaussian_w2(
         0-d float64 tensor, in units of the data; differentiable in ``grid``.
 
     Raises:
+        TypeError: If an argument is of another type.
         ValueError: If an argument is out of its range.
     """
     lam = _variances(variances)
@@ -178,12 +180,13 @@ def oracle_grid(
         float64 [K + 1], t_max ... 0.
 
     Raises:
+        TypeError: If an argument is of another type.
         ValueError: If an argument is out of its range.
     """
     K = positive_int(K, "K")
     seed = positive_int(seed, "seed", minimum=0)
     lam = _variances(variances)
-    first = torch.tensor([process.t_max, 0.0], dtype=torch.float64)
+    first = lam.new_tensor([check_process(process).t_max, 0.0])
     if K == 1:
         return _nodes(process, first, solver)
     distinct, counts = _distinct(lam)
@@ -215,7 +218,7 @@ def _distinct(lam: Tensor) -> tuple[Tensor, Tensor]:
     _, group, counts = torch.unique(
         (level * 1e9).round(), return_inverse=True, return_counts=True
     )
-    total = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, group, lam)
+    total = lam.new_zeros(len(counts)).index_add_(0, group, lam)
     return total / counts, counts
 
 
@@ -259,7 +262,7 @@ def _descend(
     """One local search on log W2, by BFGS."""
 
     def objective(z: np.ndarray) -> tuple[float, np.ndarray]:
-        logits = torch.tensor(z, dtype=torch.float64, requires_grad=True)
+        logits = torch.from_numpy(z).clone().requires_grad_()
         loss = torch.log(torch.linalg.norm(residuals(logits)) + 1e-14)
         (gradient,) = torch.autograd.grad(loss, logits)
         return float(loss.detach()), gradient.numpy()
@@ -278,7 +281,7 @@ def _from_logits(process: Process, z: Tensor) -> Tensor:
     """Grid from K - 1 numbers, the logits of the steps in log time."""
     steps = _LEAST_STEP + _longest(process) * torch.sigmoid(z)
     inner = process.t_max * torch.exp(-torch.cumsum(steps, 0))
-    ends = torch.tensor([process.t_max, 0.0], dtype=torch.float64)
+    ends = z.new_tensor([process.t_max, 0.0])
     return torch.cat([ends[:1], inner, ends[1:]])
 
 

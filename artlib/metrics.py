@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ._checks import finite_float, generator, positive_int
-from ._metric_inputs import ArrayLike, mean_and_root, numbers, rows
+from ._metric_inputs import ArrayLike, as_double, mean_and_root, numbers, rows
 from ._types import SeedLike
 
 # Numbers held at once by the projections of the sliced distance (128 MiB in float64).
@@ -89,7 +89,10 @@ def wasserstein2_to_gaussian(samples: ArrayLike, mean: float, std: float) -> flo
     x = numbers(samples, "samples").sort().values
     mean, std = finite_float(mean, "mean"), finite_float(std, "std")
     if std < 0:
-        raise ValueError(f"std: expected a standard deviation >= 0, got {std}")
+        raise ValueError(
+            f"std: expected a standard deviation >= 0, got {std}; a variance has its "
+            "root there"
+        )
     count = x.numel()
     levels = torch.arange(count + 1, dtype=torch.float64, device=x.device) / count
     z = torch.special.ndtri(levels)
@@ -258,13 +261,14 @@ def terminal_error(x: Tensor, reference: Tensor) -> float:
     Raises:
         ValueError: If the shapes differ, or a set is empty or not finite.
     """
-    if tuple(torch.as_tensor(x).shape) != tuple(torch.as_tensor(reference).shape):
+    found, expected = as_double(x, "x"), as_double(reference, "reference")
+    if found.shape != expected.shape:
         raise ValueError(
-            f"reference: expected the shape of x, {tuple(torch.as_tensor(x).shape)}, "
-            f"got {tuple(torch.as_tensor(reference).shape)}; samples are compared one "
-            "by one, so both must start from the same x_T"
+            f"reference: expected the shape of x, {tuple(found.shape)}, got "
+            f"{tuple(expected.shape)}; samples are compared one by one, so both must "
+            "start from the same x_T"
         )
-    found, expected = rows(x, "x"), rows(reference, "reference")
+    found, expected = rows(found, "x"), rows(expected, "reference")
     return math.sqrt(float((found - expected.to(found.device)).square().mean()))
 
 

@@ -19,24 +19,65 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import check_samples, generator, positive_int, require_finite
+from ._checks import (
+    check_samples,
+    generator,
+    got,
+    positive_int,
+    real_tensor,
+    require_finite,
+)
 from ._types import SeedLike, TimeLike
-from .processes import Process, as_time
+from .processes import Process, as_time, check_process
 
 
 def _parameter(
     value: Tensor | Sequence[float] | Sequence[Sequence[float]], name: str
 ) -> tuple[Tensor, torch.dtype]:
-    """A parameter in float64, and the dtype of the draws that it asks for."""
-    # Not as_tensor(value).double(): that would round a list of floats to float32.
-    tensor = torch.as_tensor(value, dtype=torch.float64).detach()
+    """A parameter in float64, and the dtype of the draws that it asks for.
+
+    Tensors and arrays of floating point keep their dtype. Numbers without one, and
+    integers, are drawn in torch's default dtype, as torch makes tensors of them.
+    """
+    tensor = real_tensor(value, name)
     require_finite(tensor, name, "give finite parameters")
-    dtype = torch.as_tensor(value).dtype
+    if isinstance(value, np.ndarray):
+        native = value.dtype.newbyteorder("=")
+        value = torch.from_numpy(np.empty(0, native if native.itemsize <= 8 else "f8"))
+    dtype = torch.as_tensor(value, device="cpu").dtype
     return tensor, dtype if dtype.is_floating_point else torch.get_default_dtype()
+
+
+def _states(x: Any, shape: tuple[int, ...]) -> Tensor:
+    """Check states [n, *shape]; they may carry a graph or be NaN."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(
+            f"x: expected a floating-point tensor of shape [n, *{shape}], got {got(x)}"
+        )
+    if tuple(x.shape[1:]) != shape or x.ndim == 0:
+        raise ValueError(
+            f"x: expected samples of shape {shape} behind the batch "
+            f"axis, got {tuple(x.shape)}"
+        )
+    return x
+
+
+def _times(t: TimeLike, x: Tensor, name: str = "t") -> Tensor:
+    """Check a time for states [n, *shape]: one number, or one for each sample."""
+    time = as_time(t, x.device, name=name)
+    if time.ndim == 1 and time.numel() > 1:
+        raise ValueError(
+            f"{name}: expected a number or one time per sample of shape "
+            f"[n{', 1' * (x.ndim - 1)}], got {tuple(time.shape)}, which would be "
+            f"taken for the last axis; pass {name}.reshape(-1{', 1' * (x.ndim - 1)})"
+        )
+    return time
 
 
 class Target(ABC):
@@ -94,6 +135,7 @@ class Target(ABC):
         Returns:
             Noisy samples [n, *sample_shape].
         """
+        check_process(process)
         rng = generator(seed)
         x_0 = self._draw(positive_int(n, "n"), rng)
         noise = torch.randn(
@@ -104,7 +146,11 @@ class Target(ABC):
         return x_t.to(self.dtype)
 
     def denoiser(self, process: Process) -> TargetDenoiser:
-        """The exact denoiser D(x, t) of this law under a process."""
+        """The exact denoiser D(x, t) of this law under a process.
+
+        Raises:
+            TypeError: If ``process`` is none.
+        """
         return TargetDenoiser(self, process)
 
 
@@ -122,7 +168,7 @@ class TargetDenoiser:
 
     def __init__(self, target: Target, process: Process) -> None:
         self.target = target
-        self.process = process
+        self.process = check_process(process)
         self.sample_shape = target.sample_shape
 
     def __call__(self, x: Tensor, t: TimeLike) -> Tensor:
@@ -136,14 +182,12 @@ class TargetDenoiser:
             Denoised samples, in the shape and dtype of ``x``.
 
         Raises:
-            ValueError: If ``x`` does not hold samples of this law's shape.
+            TypeError: If ``x`` is no floating-point tensor or ``t`` no number.
+            ValueError: If ``x`` does not hold samples of this law's shape, or ``t`` is
+                a row of several times.
         """
-        if tuple(x.shape[1:]) != self.sample_shape:
-            raise ValueError(
-                f"x: expected samples of shape {self.sample_shape} behind the batch "
-                f"axis, got {tuple(x.shape)}"
-            )
-        t = as_time(t, x.device)
+        x = _states(x, self.sample_shape)
+        t = _times(t, x)
         mean = self.target.posterior_mean(
             x.to(torch.float64), self.process.alpha(t), self.process.sigma(t)
         )
@@ -210,17 +254,24 @@ class Gaussian(Target):
 
         Returns:
             States at ``t_to`` [n, d], in the dtype of ``x``.
+
+        Raises:
+            TypeError: If an argument is of another type.
+            ValueError: If ``x`` does not hold samples of this law's shape, or a time is
+                a row of several.
         """
+        check_process(process)
+        x = _states(x, self.sample_shape)
         mean, axes = self.mean.to(x.device), self.axes.to(x.device)
         variances = self.variances.to(x.device)
 
-        def alpha_and_std(t: TimeLike) -> tuple[Tensor, Tensor]:
-            t = as_time(t, x.device)
+        def alpha_and_std(t: TimeLike, name: str) -> tuple[Tensor, Tensor]:
+            t = _times(t, x, name)
             alpha = process.alpha(t)
             return alpha, torch.sqrt(alpha**2 * variances + process.sigma(t) ** 2)
 
-        alpha_a, std_a = alpha_and_std(t_from)
-        alpha_b, std_b = alpha_and_std(t_to)
+        alpha_a, std_a = alpha_and_std(t_from, "t_from")
+        alpha_b, std_b = alpha_and_std(t_to, "t_to")
         centred = (x.double() - alpha_a * mean) @ axes
         return (alpha_b * mean + (centred * (std_b / std_a)) @ axes.T).to(x.dtype)
 
@@ -259,9 +310,15 @@ class GaussianMixture(Target):
                 f"{tuple(weights.shape)}"
             )
         if bool((stds < 0).any()):
-            raise ValueError(f"stds: expected >= 0, got {float(stds.min())}")
+            raise ValueError(
+                f"stds: expected standard deviations >= 0, got {float(stds.min())}; a "
+                "point has 0"
+            )
         if bool((weights < 0).any()) or float(weights.sum()) <= 0:
-            raise ValueError("weights: expected >= 0 and not all 0")
+            raise ValueError(
+                f"weights: expected >= 0 and not all 0, got {got(weights.tolist())}; "
+                "they need not sum to 1"
+            )
         self.means, self.stds, self.weights = means, stds, weights / weights.sum()
         self.sample_shape = (means.shape[1],)
 
