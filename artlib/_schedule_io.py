@@ -134,8 +134,8 @@ def loads(text: str, source: str) -> dict[str, Any]:
         )
     if version > VERSION:
         raise ScheduleFormatError(
-            f"{source}: written in version {version!s:.9} of the format, this library reads "
-            f"up to {VERSION}; upgrade it with pip install -U art-diffusion"
+            f"{source}: written in version {version!s:.9} of the format, this library "
+            f"reads up to {VERSION}; upgrade it with pip install -U art-diffusion"
         )
     missing = [key for key in KEYS if key not in data]
     if missing:

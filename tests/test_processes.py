@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,8 +15,18 @@ import torch
 from scipy import integrate
 from torch import Tensor
 
+from artlib import _process_registry
 from artlib._log_level import log_level, log_level_dot, table_times
-from artlib.processes import VE, VP, Process, RectifiedFlow, as_time, process_from_dict
+from artlib.processes import (
+    VE,
+    VP,
+    Process,
+    RectifiedFlow,
+    as_time,
+    process_from_dict,
+    register_process,
+)
+from artlib.schedules import Schedule, ScheduleFormatError, edm, uniform
 
 PROCESSES = (
     VE(),
@@ -216,3 +228,280 @@ def test_table_times_are_even_in_the_log_level(process: Process) -> None:
         assert bool((t[1:] < t[:-1]).all())
         gaps = log_level(process, t).diff()
         np.testing.assert_allclose(gaps, gaps.mean(), rtol=1e-6)
+
+
+# Values: plain numbers, whatever kind of number came.
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        np.float32,
+        np.float64,
+        torch.tensor,
+        lambda x: torch.tensor([x], dtype=torch.float64),
+        lambda x: np.array(x),
+        lambda x: torch.nn.Parameter(torch.tensor(x), requires_grad=False),
+    ],
+)
+@pytest.mark.usefixtures("as_a_user")
+def test_numbers_become_plain_floats(number: Callable[[float], Any]) -> None:
+    for kind, low, high in ((VE, 0.002, 80), (VP, 0.1, 20), (RectifiedFlow, 0.01, 1)):
+        made = kind(number(low), number(float(high)))
+        again = kind(float(number(low)), float(number(float(high))))
+        assert made == again
+        assert hash(made) == hash(again)
+        assert {type(v) for v in dataclasses.astuple(made)} == {float}
+        assert json.loads(json.dumps(made.to_dict())) == made.to_dict()
+    assert VE(1, 80) == VE(1.0, 80.0)
+    assert type(VE(1, 80).sigma_max) is float
+
+
+NO_NUMBERS = {
+    "text": "0.1",
+    "bytes": b"0.1",
+    "bool": True,
+    "none": None,
+    "complex": 0.1 + 0.2j,
+    "list": [0.1],
+    "numpy text": np.str_("0.1"),
+    "numpy bool": np.bool_(True),
+    "numpy complex": np.complex64(0.1),
+    "date": np.datetime64("2026-01-01"),
+    "bool tensor": torch.tensor(True),
+    "complex tensor": torch.tensor(0.1 + 0j),
+    "two": torch.tensor([0.1, 0.2]),
+    "graph": torch.tensor(0.1, requires_grad=True),
+    "no numbers": torch.empty((), device="meta"),
+    "object": object(),
+}
+
+
+@pytest.mark.parametrize("bad", NO_NUMBERS.values(), ids=NO_NUMBERS.keys())
+def test_parameters_that_are_no_number_are_refused_by_name(bad: Any) -> None:
+    for kind in (VE, VP, RectifiedFlow):
+        for name in (f.name for f in dataclasses.fields(kind)):
+            with pytest.raises(TypeError, match=f"^{name}: expected .* got"):
+                kind(**{name: bad})
+    for name, f in (("t", VP().sigma), ("level", VP().inverse_noise_level)):
+        if isinstance(bad, list | Tensor) and not torch.as_tensor(bad).is_complex():
+            continue  # several times, or a time with a graph, are times
+        with pytest.raises(TypeError, match=f"^{name}: expected"):
+            f(bad)
+
+
+def test_numbers_beyond_float64_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"^sigma_max: .*too large for float64"):
+        VE(0.1, 10**400)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_coefficients_do_not_follow_the_default_device_or_dtype(
+    dtype: torch.dtype,
+) -> None:
+    number = torch.tensor([0.3])
+
+    def values(process: Process) -> list[Tensor]:
+        names = ("alpha", "sigma", "alpha_dot", "sigma_dot", "noise_level", "log_snr")
+        inverses = ("inverse_noise_level", "inverse_log_snr")
+        methods = [getattr(process, name) for name in (*names, *inverses)]
+        found = [f(t) for f in methods for t in (0.3, number)]
+        return [*found, table_times(process, 7)]
+
+    for process in PROCESSES:
+        expected = values(process)
+        torch.set_default_device("meta")
+        torch.set_default_dtype(dtype)
+        try:
+            found = values(process)
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(torch.float32)
+        for a, b in zip(found, expected, strict=True):
+            assert a.device.type == "cpu"
+            assert a.dtype == b.dtype
+            assert a.equal(b)
+
+
+# Processes of one's own.
+
+
+class Cosine(Process):
+    """sigma = sin(pi t / 2), alpha = cos(pi t / 2); what it lacks follows below."""
+
+    def alpha(self, t: Any) -> Tensor:
+        return (as_time(t) * torch.pi / 2).cos()
+
+    def sigma(self, t: Any) -> Tensor:
+        return (as_time(t) * torch.pi / 2).sin()
+
+    def alpha_dot(self, t: Any) -> Tensor:
+        return -torch.pi / 2 * self.sigma(t)
+
+    def sigma_dot(self, t: Any) -> Tensor:
+        return torch.pi / 2 * self.alpha(t)
+
+    def alpha_ddot(self, t: Any) -> Tensor:
+        return -((torch.pi / 2) ** 2) * self.alpha(t)
+
+    def sigma_ddot(self, t: Any) -> Tensor:
+        return -((torch.pi / 2) ** 2) * self.sigma(t)
+
+    def inverse_noise_level(self, level: Any) -> Tensor:
+        return torch.atan(as_time(level)) * 2 / torch.pi
+
+
+@dataclass(frozen=True)
+class Own(Cosine):
+    name: ClassVar[str] = "own"
+    t_min: float = 1e-3
+    t_max: float = 0.99
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is forgotten after it."""
+    known = dict(_process_registry._PROCESSES)
+    monkeypatch.setattr(_process_registry, "_PROCESSES", known)
+
+
+@pytest.mark.usefixtures("registry")
+def test_schedules_of_a_registered_process_are_loaded() -> None:
+    process = Own(t_max=np.float32(0.9))
+    assert type(process.t_max) is float  # by the class that it derives from
+    text = edm(process).to_json()
+    with pytest.raises(ScheduleFormatError) as info:
+        Schedule.from_json(text)
+    assert "'own'" in str(info.value)
+    assert "register_process" in str(info.value)
+    assert "damaged" not in str(info.value)
+    assert Schedule.from_json(text, process=process) == edm(process)
+    with pytest.raises(ScheduleFormatError, match=r"made for .*0\.89.*got .*0\.99"):
+        Schedule.from_json(text, process=Own())
+    assert register_process(Own) is Own
+    assert register_process(Own) is Own  # again: nothing new
+    again = Schedule.from_json(text)
+    assert again == edm(process)
+    assert again.grid(7).equal(edm(process).grid(7))
+
+
+def test_a_process_is_checked_when_it_is_made() -> None:
+    with pytest.raises(ValueError, match=r"t_min < t_max, got"):
+        Own(t_max=1e-4)
+    with pytest.raises(TypeError, match=r"^t_max: expected a real number"):
+        Own(t_max="0.9")
+
+
+class Bare(Cosine):
+    name = "bare"
+    t_min, t_max = 1e-3, 0.99
+
+
+@dataclass
+class Unhashable(Cosine):
+    name: ClassVar[str] = "unhashable"
+    t_min: float = 1e-3
+    t_max: float = 0.99
+
+
+@dataclass(frozen=True)
+class Nameless(Cosine):
+    t_min: float = 1e-3
+    t_max: float = 0.99
+
+
+@dataclass(frozen=True)
+class Forgetful(Own):
+    name: ClassVar[str] = "forgetful"
+    power: float = 2.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "power": self.power + 1}
+
+
+@dataclass(frozen=True)
+class Derived(Own):
+    name: ClassVar[str] = "derived"
+    half: float = dataclasses.field(init=False, default=0.5)
+
+
+@dataclass(frozen=True)
+class Object(Own):
+    name: ClassVar[str] = "object"
+    what: Any = print
+
+
+@dataclass(frozen=True)
+class Taken(Own):
+    name: ClassVar[str] = "ve"
+
+
+@dataclass(frozen=True)
+class Escaping(Own):
+    name: ClassVar[str] = "own\x1b[31m"
+
+
+@dataclass(frozen=True)
+class Misnamed(Own):
+    name: ClassVar[str] = "misnamed"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "name": "ve"}
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize(
+    ("cls", "kind", "message"),
+    [
+        (Bare, TypeError, r"Bare is no dataclass.*@dataclass\(frozen=True\)"),
+        (Unhashable, ValueError, r"no hash; decorate it with @dataclass\(frozen"),
+        (Nameless, TypeError, "Nameless.name: expected a str"),
+        (Cosine, TypeError, "Cosine.name: expected a str"),
+        (Process, TypeError, "abstract; define alpha"),
+        (Own(), TypeError, "pass the class, not an instance"),
+        (int, TypeError, "expected a subclass"),
+        (Forgetful, ValueError, "not the same when made again"),
+        (Derived, ValueError, "not the same when made again.*half"),
+        (Object, TypeError, "without JSON form"),
+        (Taken, ValueError, "'ve' belongs to VE; choose a name of its own"),
+        (Escaping, ValueError, "Escaping.name: holds"),
+        (Misnamed, ValueError, "would be loaded as 've'"),
+    ],
+)
+def test_processes_that_would_not_come_back_are_refused(
+    cls: Any, kind: type[Exception], message: str
+) -> None:
+    before = dict(_process_registry._PROCESSES)
+    with pytest.raises(kind, match=message):
+        register_process(cls)
+    assert before == _process_registry._PROCESSES
+
+
+@pytest.mark.parametrize("cls", [Bare, Nameless, Forgetful, Object, Taken, Misnamed])
+def test_schedules_that_would_not_come_back_are_refused_when_saved(cls: Any) -> None:
+    schedule = uniform(cls())
+    assert float(schedule.grid(3)[0]) == 0.99  # it can be used
+    with pytest.raises((TypeError, ValueError), match=r"^process: "):
+        schedule.to_json()
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_definition_that_is_run_again_replaces_the_older_one() -> None:
+    def define() -> type[Process]:
+        @dataclass(frozen=True)
+        class Own(Cosine):
+            name: ClassVar[str] = "own"
+            t_min: float = 1e-3
+            t_max: float = 0.99
+
+        return Own
+
+    cell, again, local = define(), define(), define()
+    cell.__qualname__ = again.__qualname__ = "Own"  # as in a notebook
+    register_process(cell)
+    older = uniform(cell())
+    register_process(again)
+    assert type(process_from_dict({"name": "own"})) is again
+    assert type(Schedule.from_json(older.to_json()).process) is again
+    with pytest.raises(ValueError, match="'own' belongs to Own; choose"):
+        register_process(local)

@@ -1,6 +1,7 @@
 """Schedules against independent formulas, quadrature, and damaged files."""
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -16,7 +17,9 @@ from scipy.interpolate import PchipInterpolator
 from scipy.optimize import brentq
 
 from artlib import _schedule_io
-from artlib._time_table import invert_increasing
+from artlib._convert import convert
+from artlib._time_change import BetaQuantiles
+from artlib._time_table import Table, invert_increasing
 from artlib.processes import VE, VP, RectifiedFlow
 from artlib.schedules import (
     Schedule,
@@ -822,6 +825,7 @@ BAD_FILES = {
     "empty": ("", "not valid JSON"),
     "truncated": (edm(VE()).to_json()[:-30], "not valid JSON"),
     "no JSON": ("80.0 2.5 0.0\n", "not valid JSON"),
+    "deep inside": (put(7, "provenance", "x").replace("7}", "[" * 50000), "deep|JSON"),
     "deep": ("[" * 100000, "nested too deep|not valid JSON"),
     "list": ("[80.0, 2.5, 0.0]", "no schedule .*from_grid"),
     "number": ("3", "no schedule"),
@@ -859,6 +863,43 @@ BAD_FILES = {
     "times null": (put(None, *TIMES), "times: expected a list"),
     "nested times": (put([[80.0, 0.002]], *TIMES), "damaged"),
     "clock": (put([0.0, 1.0, 0.5, 79.998], "time_change", "clock"), "increasing"),
+    **{
+        f"clock {how}": (put(clock, "time_change", "clock"), rf"clock: the {what} knot")
+        for how, what, clock in (
+            ("doubled", "last", [0.0, 40.0, 80.0, 2 * 79.998]),
+            ("halved", "last", [0.0, 10.0, 20.0, 79.998 / 2]),
+            ("shifted", "first", [-1.0, 10.0, 20.0, 78.998]),
+            ("late", "last", [0.0, 10.0, 20.0, 85.0]),
+        )
+    },
+    "clock of text": (put(["0", 79.998], "time_change", "clock"), r"clock\[0\]"),
+    "clock null": (put(None, "time_change", "clock"), "clock: expected a list"),
+    "clock misspelt": (put([0.0], "time_change", "clok"), "'table' has no 'clok'"),
+    "bool time": (put([80.0, True, 0.002], *TIMES), r"times\[1\]: .*True of type bool"),
+    "text parameter": (put("80.0", "process", "sigma_max"), "sigma_max: .*'80.0'"),
+    "bool parameter": (put(True, "process", "sigma_max"), "sigma_max: .*True"),
+    "null parameter": (put(None, "process", "sigma_max"), "sigma_max: .*None"),
+    "no parameter": (drop("process", "sigma_max"), "process: lacks sigma_max"),
+    "other parameter": (put(1.0, "process", "sigma"), "sigma"),
+    "kind list": (put(["table"], "time_change", "kind"), "unknown kind"),
+    "version 1.0": (put(1.0, "version"), r"version is 1\.0"),
+    "version huge": (put(10**4000, "version"), "in version 100000000 of .*upgrade"),
+    "endless": (put(7, "provenance", "x").replace("7}", "7" * 9999), "not valid JSON"),
+    "key twice": (put(1, "provenance", "a").replace('"a"', '"a": 2, "a"'), "'a' twice"),
+    "name twice": (damaged(len).replace("{", '{"name": "me", ', 1), "'name' twice"),
+    "escape": (put("a\x1b[2J", "name"), r"name: holds '\\x1b'"),
+    "bell": (put("a\x07", "name"), r"name: holds '\\x07'"),
+    "CSI": (put("a\x9b2J", "name"), r"name: holds '\\x9b'"),
+    "line break": (put("a\nb", "name"), r"name: holds '\\n'"),
+    "turned": (put("a\u202egnp.", "name"), r"name: holds '\\u202e'"),
+    "half a pair": (put("a\ud800", "name"), r"name: holds '\\ud800'"),
+    "escape in a key": (put(1, "provenance", "\x1b]0;t\x07"), "provenance: holds"),
+    "rho text": (json.dumps({**json.loads(edm(VE()).to_json()), "time_change":
+        {"kind": "noise-warp", "warp": "power", "rho": "7"}}), "rho: expected a real"),
+    "rho bool": (json.dumps({**json.loads(edm(VE()).to_json()), "time_change":
+        {"kind": "noise-warp", "warp": "power", "rho": True}}), "rho: expected a real"),
+    "b text": (json.dumps({**json.loads(beta(VE()).to_json()), "time_change":
+        {"kind": "beta", "a": 0.6, "b": "0.6"}}), "b: expected a real"),
     "time change text": (put("edm", "time_change"), "damaged"),
 }  # fmt: skip
 
@@ -871,6 +912,245 @@ def test_damaged_files_are_named_and_refused(text, message, tmp_path):
         Schedule.load(path)
     assert str(path) in str(info.value)
     assert isinstance(info.value, ValueError)
+
+
+def mutations(value):
+    """Other values of a field, of every kind that JSON has."""
+    yield from (None, True, False, [], {}, "", "x", [value], {"x": value}, str(value))
+    yield from (0, -1, 1, 1e-300, 1e300, 10**400, 0.5, 1e-9, 80.0)
+    if isinstance(value, float):
+        yield from (
+            -value,
+            2 * value,
+            value / 2,
+            value * (1 + 1e-3),
+            value * (1 - 1e-3),
+        )
+    if isinstance(value, list):
+        yield from (value[1:], value[:-1], value[::-1], value + value)
+
+
+def paths(value, before=()):
+    """Where every field of an object is."""
+    items = {list: enumerate, dict: dict.items}.get(type(value), lambda _: ())(value)
+    for key, inner in items:
+        yield (*before, key)
+        yield from paths(inner, (*before, key))
+
+
+@pytest.mark.parametrize("name", ["edm", "kl_optimal", "beta", "uniform", "table"])
+def test_a_changed_file_is_refused_or_a_schedule(name):
+    schedule = ALL[name](VE())
+    whole = json.loads(schedule.to_json())
+    if name == "table":
+        knots = whole["time_change"]
+        assert len(knots["clock"]) == len(knots["times"]) < 40
+    loaded, refused, steep = 0, 0, []
+    for path in paths(whole):
+        parent = whole
+        for key in path[:-1]:
+            parent = parent[key]
+        before = parent[path[-1]]
+        for other in mutations(before):
+            parent[path[-1]] = other
+            try:
+                found = Schedule.from_json(json.dumps(whole))
+            except ScheduleFormatError:
+                refused += 1
+                continue
+            loaded += 1
+            try:
+                grid = found.grid(10)
+            except ValueError as error:
+                # Honest: the curve is so steep that float64 has no ten steps on it.
+                steep.append(str(error))
+                continue
+            assert grid[0] == found.process.t_max
+            assert grid[-1] == 0
+            assert (grid.diff() < 0).all()
+            assert Schedule.from_json(found.to_json()) == found
+        parent[path[-1]] = before
+    assert all("fewer steps" in message for message in steep)
+    assert refused > loaded > 0
+    assert Schedule.from_json(json.dumps(whole)) == schedule
+
+
+def test_a_byte_order_mark_is_no_damage(tmp_path):
+    path = tmp_path / "s.json"
+    path.write_text("\ufeff" + edm(VE()).to_json(), encoding="utf-8")
+    assert Schedule.load(path) == edm(VE())
+    path.write_text(edm(VE()).to_json(), encoding="utf-16")
+    with pytest.raises(ScheduleFormatError, match="UTF-8"):
+        Schedule.load(path)
+
+
+def test_values_check_what_their_makers_check_and_are_refused():
+    process, text = VE(), edm(VE())._provenance
+    table = Table((0.0, 10.0, 79.998), (80.0, 1.0, 0.002))
+    made = Schedule(process, table, "free", "mine", text)
+    assert made.grid(2).tolist() == [80.0, float(made.time(79.998 / 2)), 0.0]
+    for clock in ((0.0, 10.0, 80.0), (1.0, 10.0, 79.998), (0.0, 10.0, 159.0)):
+        with pytest.raises(
+            ValueError, match=r"clock: the (first|last) knot .*expected"
+        ):
+            Table(clock, (80.0, 1.0, 0.002))
+    # Through float32 the ends are the ends, exactly.
+    rounded = torch.tensor([0.0, 10.0, 79.998]).tolist()
+    assert Table(rounded, [80.0, 1.0, 0.002]) == table
+    assert hash(Table(np.array(rounded), (80.0, 1.0, 0.002))) == hash(table)
+    with pytest.raises(ValueError, match="no slope"):
+        Table((0.0, 1e-310, 79.998), (80.0, 1.0, 0.002))
+    with pytest.raises(ValueError, match="time_change: made for VE"):
+        Schedule(
+            VP(t_min=0.002, t_max=80.0), edm(process).time_change, "free", "", text
+        )
+    with pytest.raises(TypeError, match="time_change: expected a TimeChange"):
+        Schedule(process, [80.0, 0.0], "free", "", text)
+    with pytest.raises(TypeError, match=r"process: expected a noising process.*VE\(\)"):
+        Schedule(VE, table, "free", "", text)
+    for name in ("edm\x1b]0;title\x07", "a\nb", "\x9b31m", "\u2028"):
+        with pytest.raises(ValueError, match="name: holds"):
+            dataclasses.replace(made, name=name)
+        with pytest.raises(ValueError, match="name: holds"):
+            from_grid(process, [80.0, 1.0, 0.0], name=name)
+    for name in ("Größe, 10 steps", "时间表", "👩\u200d🔬", "a\u00a0b"):
+        assert (
+            Schedule.from_json(dataclasses.replace(made, name=name).to_json()).name
+            == name
+        )
+    for bad in (True, "7", 7j, None, torch.tensor([1.0, 2.0])):
+        with pytest.raises(TypeError, match="rho: expected"):
+            edm(process, bad)
+        with pytest.raises(TypeError, match="a: expected"):
+            BetaQuantiles(process, bad, 0.6)
+    assert hash(edm(process, np.float32(7)).time_change) == hash(
+        edm(process).time_change
+    )
+    assert edm(process, torch.tensor(7.0)).to_json() == edm(process).to_json()
+
+
+BAD_CALLS = {
+    "uniform": (lambda: uniform("ve"), "process"),
+    "edm": (lambda: edm(None), "process"),
+    "log_snr": (lambda: log_snr(VE), r"process: .*the class VE; call it: VE\(\)"),
+    "kl_optimal": (lambda: kl_optimal(80.0), "process"),
+    "beta": (lambda: beta([80.0, 0.002]), "process"),
+    "from_grid": (lambda: from_grid(80.0, [80.0, 0.0]), "process"),
+    "from_density": (lambda: from_density("ve", [80, 1], [1, 1]), "process"),
+    "from_time_change": (lambda: from_time_change(None, [0], [1]), "process"),
+    "grid text": (lambda: from_grid(VE(), "80 1 0"), "grid: .*'80 1 0' of type str"),
+    "grid texts": (lambda: from_grid(VE(), [80.0, "1", 0.0]), r"grid\[1\]: .*'1'"),
+    "grid bool": (lambda: from_grid(VE(), [80.0, True, 0.0]), r"grid\[1\]: .*True"),
+    "grid complex": (lambda: from_grid(VE(), np.array([80, 1j, 0])), "grid: .*complex"),
+    "grid None": (lambda: from_grid(VE(), None), "grid: .*got None"),
+    "grid ragged": (lambda: from_grid(VE(), [[80.0], 0.0]), "grid: .*lengths"),
+    "grid generator": (lambda: from_grid(VE(), iter([80.0, 0.0])), "grid: .*iterator"),
+    "grid mask": (lambda: from_grid(VE(), torch.tensor([True, False])), "grid: .*bool"),
+    "grid meta": (
+        lambda: from_grid(VE(), torch.ones(2, device="meta")),
+        "grid: .*meta",
+    ),
+    "times text": (lambda: from_time_change(VE(), [0, 1], "ab"), "times: .*'ab'"),
+    "clock None": (
+        lambda: from_time_change(VE(), [0, None], [80, 0.002]),
+        r"clock\[1\]",
+    ),
+    "density date": (
+        lambda: from_density(VE(), [80, 0.002], np.array(["2026-01-01"] * 2, "M8[D]")),
+        "density: .*datetime64",
+    ),
+    "floor text": (lambda: from_density(VE(), [80, 0.002], [1, 1], floor="1"), "floor"),
+    "knots bool": (
+        lambda: from_density(VE(), [80, 0.002], [1, 1], knots=True),
+        "knots",
+    ),
+    "provenance": (
+        lambda: from_grid(VE(), [80.0, 0.0], provenance=["a"]),
+        "provenance: expected a dict.*'a'",
+    ),
+    "name": (
+        lambda: from_grid(VE(), [80.0, 0.0], name=3),
+        "name: expected a str, got 3",
+    ),
+    "K tensor": (lambda: edm(VE()).grid(torch.tensor(5)), "K: expected an integer"),
+    "K float": (
+        lambda: edm(VE()).resample(5.0),
+        r"K: .*5\.0 of type float; pass an int",
+    ),
+    "clock text": (lambda: edm(VE()).time("1"), "clock: expected a number"),
+    "clock bool": (lambda: edm(VE()).speed(True), "clock: expected a number"),
+    "time complex": (lambda: edm(VE()).clock(1j), "t: expected a number"),
+    "time None": (lambda: edm(VE()).density(None), "t: expected a number .*got None"),
+    "path": (lambda: Schedule.load(3), "path: expected a str .*got 3"),
+    "text": (lambda: Schedule.from_json(b"{}"), "text: expected the JSON text"),
+    "process": (lambda: Schedule.from_json("{}", process="ve"), "process|no schedule"),
+    "convert": (
+        lambda: convert("edm", VP()),
+        "schedule: expected a Schedule, got 'edm'",
+    ),
+    "convert to": (lambda: convert(edm(VE()), VP), r"call it: VP\(\)"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), BAD_CALLS.values(), ids=BAD_CALLS.keys())
+def test_arguments_that_make_no_sense_are_refused_by_name(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
+def test_lists_of_every_layout_make_the_same_grid(as_a_user):
+    values = [80.0, 5.0, 1.0, 0.0]
+    expected = from_grid(VE(), values)
+    whole = np.array(values)
+    read_only = whole.copy()
+    read_only.flags.writeable = False
+    for same in (
+        tuple(values),
+        [torch.tensor(v) for v in values],
+        [np.float32(v) for v in values],
+        whole[::-1].copy()[::-1],
+        whole.astype(">f8"),
+        whole.astype(np.longdouble),
+        whole.astype(np.int64),
+        whole.astype(object),
+        read_only,
+        torch.tensor(values, requires_grad=True),
+    ):
+        assert from_grid(VE(), same) == expected
+    assert whole.tolist() == values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@each_schedule
+def test_schedules_do_not_follow_the_default_device_or_dtype(make, dtype):
+    def use(process):
+        schedule = make(process)
+        times = [schedule.time(1.0), schedule.clock(1.0), schedule.speed(1.0)]
+        more = [schedule.density(1.0), schedule.grid(1), schedule.resample(3).grid(5)]
+        if schedule.last_step != "zero":
+            more.append(convert(schedule, VE(0.01, 70.0)).grid(4))
+        return [schedule.grid(9), *times, *more]
+
+    expected = use(VE())
+    torch.set_default_device("meta")
+    torch.set_default_dtype(dtype)
+    try:
+        found = use(VE())
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(found, expected, strict=True):
+        assert a.device.type == "cpu"
+        assert a.equal(b)
+
+
+def test_a_grid_without_numbers_is_refused(monkeypatch):
+    # Whatever the reason: NaN is not ascending, and yet no grid.
+    schedule = beta(VE())
+    nan = torch.full((4,), math.nan, dtype=torch.float64)
+    monkeypatch.setattr(BetaQuantiles, "time", lambda *_: nan)
+    with pytest.raises(ValueError, match=r"nan.*not descending"):
+        schedule.grid(3)
 
 
 def test_any_truncation_is_refused():
