@@ -34,9 +34,6 @@ from torch import Tensor, nn
 
 Constraint = Literal["hard", "multiplier"]
 
-FOURIER_MODES = 5
-"""Modes of the position that the networks see."""
-
 CUT = 2.0
 """Standard deviations at which exploration noise is cut off."""
 
@@ -60,15 +57,22 @@ class Head(nn.Module):
         width: Number of state features.
         hidden: Width of the two hidden layers.
         rng: Source of the initial weights.
+        modes: Fourier modes of the position that are inputs.
         clock: Whether the clock is an input.
     """
 
     def __init__(
-        self, width: int, hidden: int, rng: torch.Generator, *, clock: bool = False
+        self,
+        width: int,
+        hidden: int,
+        rng: torch.Generator,
+        *,
+        modes: int,
+        clock: bool = False,
     ) -> None:
         super().__init__()
-        self.clock = clock
-        width += 1 + 2 * FOURIER_MODES + 2 * clock
+        self.clock, self.modes = clock, modes
+        width += 1 + 2 * modes + 2 * clock
         # Left uninitialised, and float32 whatever the default: the constructor would
         # draw from the global generator.
         layers = [
@@ -88,7 +92,7 @@ class Head(nn.Module):
 
     def forward(self, rho: Tensor, tau: Tensor, features: Tensor) -> Tensor:
         """Output [...] for positions [...], clock shares [...], features [..., m]."""
-        modes = torch.arange(1, FOURIER_MODES + 1, device=rho.device)
+        modes = torch.arange(1, self.modes + 1, device=rho.device)
         angle = math.pi * rho[..., None] * modes
         inputs = [2 * rho[..., None] - 1, angle.sin(), angle.cos()]
         if self.clock:

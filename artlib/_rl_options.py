@@ -141,6 +141,7 @@ class Options:
     floor: float
     batch: int
     hidden: int
+    fourier_modes: int
     critic_rate: float
     actor_rate: float
     multiplier: float
@@ -153,7 +154,12 @@ class Options:
         plain: dict[str, int | float] = {}
         for name in ("batch", "hidden", "critic_updates"):
             plain[name] = positive_int(getattr(self, name), name)
-        for name, least in (("steps", 2), ("seed", 0), ("warm_up", 0)):
+        for name, least in (
+            ("steps", 2),
+            ("seed", 0),
+            ("warm_up", 0),
+            ("fourier_modes", 0),
+        ):
             plain[name] = positive_int(getattr(self, name), name, minimum=least)
         rates = ("critic_rate", "actor_rate", "multiplier_rate")
         for name in ("temperature", "floor", *rates):

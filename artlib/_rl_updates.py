@@ -51,7 +51,10 @@ class Learner:
         rng = torch.Generator().manual_seed(options.seed)
         clock = options.constraint == "multiplier"
         self.actor, self.critic = (
-            Head(width, options.hidden, rng, clock=clock).to(device) for _ in range(2)
+            Head(
+                width, options.hidden, rng, modes=options.fourier_modes, clock=clock
+            ).to(device)
+            for _ in range(2)
         )
         self.average = [p.detach().clone() for p in self.actor.parameters()]
         self._optimizers = [

@@ -41,7 +41,7 @@ from ._rl_checkpoint import (
     path_lengths,
     save_state,
 )
-from ._rl_distill import mean_schedule
+from ._rl_distill import Close, mean_schedule
 from ._rl_environment import ModelEnvironment, TableEnvironment
 from ._rl_loop import Loop
 from ._rl_networks import Constraint, Head
@@ -91,6 +91,7 @@ class ActorCritic:
         floor: Least |Q| of a path in its noise, relative to the mean over the paths.
         batch: Trajectories per iteration; by default all, at most 256.
         hidden: Width of the networks.
+        fourier_modes: Modes of the position that the networks see, 0 for none.
         critic_rate: Step size of the critic (Adam), decaying to 0.
         actor_rate: Step size of the actor, decaying to 0.
         multiplier: gamma at the start, in natural units; negative values reward
@@ -135,6 +136,7 @@ class ActorCritic:
         floor: float = 1.0,
         batch: int | None = None,
         hidden: int = 64,
+        fourier_modes: int = 5,
         critic_rate: float = 1e-2,
         actor_rate: float = 5e-3,
         multiplier: float = 0.0,
@@ -162,6 +164,7 @@ class ActorCritic:
             floor=floor,
             batch=min(256, len(x_T)) if batch is None else batch,
             hidden=hidden,
+            fourier_modes=fourier_modes,
             critic_rate=critic_rate,
             actor_rate=actor_rate,
             multiplier=multiplier,
@@ -296,13 +299,21 @@ class ActorCritic:
         table, path = stiffness_path(self._flow, x_T, **self._sampling)
         return self.environment.with_paths(table, path, x_T)
 
-    def distill(self) -> Schedule:
-        """The mean clock over the trajectories, as a plain schedule.
+    def distill(self, *, close: Close = "normalise") -> Schedule:
+        r"""The mean clock over the trajectories, as a plain schedule.
 
         Knots are the K + 1 mean times; between them the schedule is a monotone cubic.
 
+        Args:
+            close: What is done about a mean clock that does not end where it should,
+                as happens with ``constraint="multiplier"``. ``"normalise"``: the
+                increments :math:`\theta_k T/K` are scaled to sum to T, as the paper
+                distils. ``"jump"``: its last step goes to the end, whatever is left.
+                With the hard constraint the two are the same.
+
         Raises:
             TrainingError: If the mean clock is not strictly monotone.
+            ValueError: If ``close`` is neither.
         """
         clocks = self.clocks()  # costs evaluations, with the model in the loop
         notes = {
@@ -311,7 +322,7 @@ class ActorCritic:
             "trajectories": self.environment.size,
             **asdict(self.options),
         }
-        return mean_schedule(self.environment.process, clocks, notes)
+        return mean_schedule(self.environment.process, clocks, close, notes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint, atomically (safetensors, nothing is pickled).

@@ -11,6 +11,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import Tensor
 
 import artlib
 from artlib import _files
+from artlib._rl_checkpoint import fingerprint
 from artlib._rl_environment import TableEnvironment
 from artlib._rl_episodes import Episodes, play
 from artlib._rl_networks import (
@@ -513,6 +515,49 @@ def test_multiplier_becomes_negative_where_the_clock_ends_early() -> None:
     assert math.isclose(records[-1].end_residual, residual, rel_tol=0.5)
     # The distilled schedule goes to the end all the same.
     assert float(trainer.distill().time(trainer.table.span)) == PROCESS.t_min
+
+
+def test_what_the_multiplier_leaves_open_is_closed_by_scaling_or_by_a_jump() -> None:
+    trainer = small(constraint="multiplier", batch=12)
+    list(trainer.train(15))
+    mean = trainer.clocks().mean(0)
+    assert mean[-1] > 2 * PROCESS.t_min
+    readings = torch.linspace(0, trainer.table.span, len(mean), dtype=torch.float64)
+    scaled = trainer.distill().time(readings)
+    # The increments of the paper's mean theta-curve, in proportion, sum to T.
+    increments, own = -torch.diff(scaled), -torch.diff(mean)
+    assert torch.allclose(increments / increments.sum(), own / own.sum(), rtol=1e-9)
+    assert math.isclose(float(increments.sum()), trainer.table.span, rel_tol=1e-12)
+    jumped = trainer.distill(close="jump").time(readings)
+    assert torch.allclose(jumped[:-1], mean[:-1])
+    assert float(jumped[-1]) == PROCESS.t_min
+
+
+def test_another_way_to_close_a_clock_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"close: expected one of .*got 'leap'"):
+        small().distill(close="leap")  # type: ignore[arg-type]
+
+
+def test_with_a_hard_end_there_is_nothing_to_close() -> None:
+    trainer = small(batch=12)
+    list(trainer.train(8))
+    scaled, jumped = (trainer.distill(close=c).grid(5) for c in ("normalise", "jump"))
+    assert torch.equal(scaled, jumped)
+
+
+def test_fourier_modes_are_inputs_of_the_networks() -> None:
+    with_modes, without = small(), small(fourier_modes=0)
+    widths = [t.actor.layers[0].in_features for t in (with_modes, without)]
+    assert widths[0] - widths[1] == 10
+
+
+def test_older_checkpoints_know_no_fourier_modes_and_are_the_same_problem() -> None:
+    trainer = small()
+    options = asdict(trainer.options)
+    own = fingerprint(trainer.table, options)
+    del options["fourier_modes"]
+    assert fingerprint(trainer.table, options) == own
+    assert fingerprint(trainer.table, {**options, "fourier_modes": 0}) != own
 
 
 def test_multiplier_starts_where_it_is_told() -> None:
