@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from . import comparison
 from ._cli_sources import (
     STDOUT,
     InputError,
@@ -28,8 +28,6 @@ from ._console import printable, say
 from ._files import write_bytes
 from .actor_critic import ActorCritic
 from .control import StiffnessTable, stiffness_table
-from .flow import ProbabilityFlow
-from .metrics import terminal_error
 from .schedules import Schedule, edm, log_snr
 from .solvers import nfe, sample
 
@@ -132,35 +130,26 @@ def compare(args: argparse.Namespace) -> None:
                 f"{process}; learn it for this source"
             )
     noises = [source.noise(args.samples, args.seed + k) for k in range(args.seeds)]
-    counts = [nfe(edm(process).grid(K), solver=args.solver) for K in args.steps]
-    jobs = args.seeds * (len(found) * sum(counts) + 1)
-    with tqdm(total=jobs, desc="compare", unit="NFE", disable=_hidden(args)) as bar:
-        references = []
-        for x_T in noises:
-            references.append(_reference(source.flow, x_T))
-            bar.update()
-        flow = source.flow.with_denoiser(_Watched(source.flow.denoiser, bar))
-        rows = {
-            name: [
-                [
-                    terminal_error(
-                        sample(flow, x, schedule.grid(K), solver=args.solver), exact
-                    )
-                    for x, exact in zip(noises, references, strict=True)
-                ]
-                for K in args.steps
-            ]
-            for name, schedule in found.items()
-        }
+    table = comparison.compare(
+        source.flow,
+        found,
+        noises,
+        {args.solver: args.steps},
+        ends=comparison.references(source.flow, noises),
+        progress=not _hidden(args),
+    )
     width = max(10, *(len(name) for name in found))
     print(
         f"root-mean-square error against the exact flow of {source.label}, "
         f"{args.solver}, {args.samples} samples, {args.seeds} seeds from {args.seed}, "
         "the same noise for all"
     )
+    counts = [table.nfe[f"{args.solver} {K}"] for K in args.steps]
     print(f"{'NFE':{width}}" + "".join(f"{count:>20d}" for count in counts))
-    for name, cells in rows.items():
-        print(f"{name:{width}}" + "".join(f"{_mean_and_spread(c):>20}" for c in cells))
+    for name in found:
+        cells = [(args.solver, K, name, "error") for K in args.steps]
+        texts = [f"{table.mean(*c):.4f} +- {table.spread(*c):.4f}" for c in cells]
+        print(f"{name:{width}}" + "".join(f"{text:>20}" for text in texts))
 
 
 def draw(args: argparse.Namespace) -> None:
@@ -309,20 +298,12 @@ def _report(table: StiffnessTable, schedule: Schedule, path: str) -> None:
     say("\n".join(lines), error=path == STDOUT)
 
 
-def _reference(flow: ProbabilityFlow, x_T: Tensor) -> Tensor:
-    """The exact end of the paths, to 1e-4: dopri5, which chooses its own steps."""
-    return sample(flow, x_T, solver="dopri5", rtol=1e-5, atol=1e-5)
-
-
-def _mean_and_spread(values: list[float]) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} +- {spread:.4f}"
-
-
 def _labelled(names: list[str], found: list[Schedule]) -> dict[str, Schedule]:
-    """Schedules under the names that they were given by."""
+    """Schedules by the names of their files, or as given where those coincide."""
+    short = {name: Path(name).stem if os.path.isfile(name) else name for name in names}
+    unique = len(set(short.values())) == len(short)
     return {
-        Path(name).stem if os.path.isfile(name) else name: schedule
+        short[name] if unique else name: schedule
         for name, schedule in zip(names, found, strict=True)
     }
 

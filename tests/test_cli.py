@@ -189,6 +189,65 @@ def test_compare_is_the_error_on_matched_noise(here: Path, capsys: Any) -> None:
             assert error == pytest.approx(expected, abs=6e-5)
 
 
+def test_compare_is_the_function_in_batches_and_full_precision(
+    here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cli_module
+
+    seen: set[tuple[int, bool]] = set()
+    backend = torch.backends.cuda.matmul
+    before = backend.allow_tf32
+
+    def watched(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.add((len(x), backend.allow_tf32))
+        return cli_module.exact(x, t)
+
+    watched.process, watched.sample_shape = cli_module.process, (2,)
+    monkeypatch.setattr(cli_module, "denoiser", watched)
+    backend.allow_tf32 = True
+    argv = ["compare", "cli_module:denoiser", "edm", "-K", "6,3,6", "-n", "300"]
+    try:
+        assert main([*argv, "--seeds", "2", "--seed", "4"]) == 0
+    finally:
+        backend.allow_tf32 = before
+    assert seen == {(256, False), (44, False)}
+    flow = artlib.ProbabilityFlow(cli_module.process, cli_module.exact)
+    noises = []
+    for seed in (4, 5):
+        rng = torch.Generator().manual_seed(seed)
+        noises.append(30.0 * torch.randn(300, 2, generator=rng, dtype=torch.float64))
+    table = artlib.compare(
+        flow,
+        {"edm": artlib.edm(flow.process)},
+        noises,
+        {"euler": [3, 6]},
+        ends=artlib.references(flow, noises),
+    )
+    head, row = capsys.readouterr().out.splitlines()[1:]
+    assert head.split() == ["NFE", "6", "3", "6"]
+    cells = [
+        f"{table.mean('euler', K, 'edm', 'error'):.4f} +- "
+        f"{table.spread('euler', K, 'edm', 'error'):.4f}"
+        for K in (6, 3, 6)
+    ]
+    assert row.split() == ["edm", *" ".join(cells).split()]
+
+
+def test_files_of_one_name_keep_their_rows_apart(here: Path, capsys: Any) -> None:
+    process = artlib.VE(0.01, 30.0)
+    (here / "a").mkdir()
+    artlib.edm(process).save("a/edm.json")
+    artlib.kl_optimal(process).save("edm.json")
+    argv = ["compare", "cli_module:denoiser", "-K", "4", "-n", "4", "--seeds", "1"]
+    assert main([*argv, "a/edm.json", "edm.json", "edm", "log-snr"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["a/edm.json", "edm.json", "edm", "log-snr"]
+    assert rows[0][1] == rows[2][1] != rows[1][1]
+    assert main([*argv, "edm.json", "log-snr"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["edm", "log-snr"]
+
+
 def test_sample_writes_what_the_library_samples(here: Path, capsys: Any) -> None:
     argv = ["sample", "cli_module:bare", "log-snr-unpinned", "-K", "6", "-n", "12"]
     argv += ["--process", "ve:0.01,30", "--shape", "2", "--seed", "4"]
