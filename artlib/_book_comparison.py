@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
+from ._bootstrap import statistic
+from ._comparison_file import PROBED, Origin, grid_key, probe_grid
 from .comparison import Budgets, Comparison, HasGrid, Measure, compare, references
 from .control import art
 from .flow import ProbabilityFlow
 from .schedules import Schedule
+from .solvers import sample
 
 if TYPE_CHECKING:
     from .zoo import ZooDenoiser
 
 _AGREE = 0.02
 """Relative. A network in single precision on another processor differs by less."""
+
+_ROUNDED = 6e-4
+"""Relative. The errors of samples are stored to four digits."""
+
+_AGAIN = "make it again (ARTLIB_FULL=1) or find out what changed"
 
 Noise = Callable[[int, int], Tensor]
 """``noise(n, seed)`` -> states at ``t_max`` [n, *shape]."""
@@ -42,9 +51,11 @@ def comparison(
 
     With ``ARTLIB_FULL=1`` the whole table is computed (a stopped run goes on where it
     stopped) and stored as ``notebooks/results/NAME.json``. Otherwise it is read, its
-    origin is printed, and the errors of ``part`` from ``few`` noises of the first seed
-    are computed anew and compared with those that the full run stored for the same
-    noises.
+    origin is printed, and it is checked: the errors of ``part`` from the first ``few``
+    noises of the first seed are computed anew, sample by sample; the numbers of every
+    cell must be those of its samples; the grids, the noise and the network must be
+    those that made it; and no number may have been changed by hand. (A table of
+    before the errors of samples were kept holds a part of its own to compare with.)
 
     Args:
         name: Of the results.
@@ -63,17 +74,17 @@ def comparison(
         The table. Its measure ``"error"`` is the distance to the reference.
 
     Raises:
-        AssertionError: If the code of today gives other numbers than the stored ones.
+        AssertionError: If the code of today gives other numbers than the stored ones,
+            or they do not fit each other.
         FileNotFoundError: If there are no results yet.
+        ValueError: If a stopped run was one of another flow or noise.
     """
     from . import book
 
     part = part or {}
-    first = noise(few, seeds[0])
-    ends = references(flow, [first], rtol=rtol)
-    fresh = compare(flow, schedules, [first], part, ends=ends) if part else Comparison()
     if book.full():
         noises = [noise(count, seed) for seed in seeds]
+        partial = book.scratch(f"{name}.partial.json")
         table = compare(
             flow,
             schedules,
@@ -81,16 +92,37 @@ def comparison(
             budgets,
             ends=references(flow, noises, rtol=rtol),
             measure=measure,
-            file=book.scratch(f"{name}.partial.json"),
+            file=partial,
             progress=True,
         )
-        results = {"table": table.to_dict(), "part": fresh.to_dict()}
+        table = _only(table, schedules, budgets)
+        origin = json.loads(partial.read_text("utf-8"))["origin"]
+        origin["cells"] = {
+            key: {label: origin["cells"][key][label]["grid"] for label in row}
+            for key, row in table.cells.items()
+        }
+        results = {"table": table.to_dict(), "origin": origin}
+        results["sha256"] = _digest(results)
         book.save_results(name, results, seed=seeds[0])
+        partial.unlink()
         return table
     stored = book.load_results(name)
-    table = Comparison.from_dict(stored["results"]["table"])
+    results = stored["results"]
+    table = Comparison.from_dict(results["table"])
     print(describe(stored["made"], table.count, len(seeds)))
-    _assert_agrees(fresh, Comparison.from_dict(stored["results"]["part"]), name)
+    if "origin" not in results:  # of before the errors of samples were kept
+        first = noise(few, seeds[0])
+        fresh = _measured(flow, schedules, first, part, rtol)
+        _assert_agrees(fresh, Comparison.from_dict(results["part"]), name)
+        return table
+    noises = [noise(table.count, seed) for seed in seeds]
+    fresh = _measured(flow, schedules, noises[0][:few], part, rtol)
+    _assert_samples_agree(fresh, table, name)
+    _assert_consistent(table, len(seeds), name)
+    _assert_origin(results["origin"], flow, schedules, noises, name)
+    assert results["sha256"] == _digest(results), (
+        f"{name}: a stored number was changed by hand; {_AGAIN}"
+    )
     return table
 
 
@@ -128,17 +160,104 @@ def describe(made: Mapping[str, Any], count: int, seeds: int) -> str:
     )
 
 
+def _only(
+    table: Comparison, schedules: Mapping[str, HasGrid], budgets: Budgets
+) -> Comparison:
+    """The table without what a stopped run measured and is not asked for any more."""
+    keys = [f"{solver} {K}" for solver, steps in budgets.items() for K in steps]
+    return Comparison(
+        cells={k: {x: table.cells[k][x] for x in schedules} for k in keys},
+        nfe={k: table.nfe[k] for k in keys},
+        count=table.count,
+        samples={k: {x: table.samples[k][x] for x in schedules} for k in keys},
+    )
+
+
+def _measured(
+    flow: ProbabilityFlow,
+    schedules: Mapping[str, HasGrid],
+    noise: Tensor,
+    part: Budgets,
+    rtol: float,
+) -> Comparison:
+    """A part of the table with the code of today."""
+    if not part:
+        return Comparison()
+    ends = references(flow, [noise], rtol=rtol)
+    return compare(flow, schedules, [noise], part, ends=ends)
+
+
+def _digest(results: Mapping[str, Any]) -> str:
+    """Of the table and its origin as JSON, in which a number is written one way."""
+    content = json.dumps([results["table"], results["origin"]], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
 def _assert_agrees(fresh: Comparison, stored: Comparison, name: str) -> None:
     """The errors computed now are those of the full run, for the same noises."""
     for key, row in fresh.cells.items():
         for label, numbers in row.items():
-            now, then = (
-                torch.tensor(x, dtype=torch.float64)
-                for x in (numbers["error"], stored.cells[key][label]["error"])
+            now, then = numbers["error"][0], stored.cells[key][label]["error"][0]
+            _assert_near(now, then, f"{name}: {label}, {key}: the error")
+
+
+def _assert_samples_agree(fresh: Comparison, stored: Comparison, name: str) -> None:
+    """The errors of the first samples are those that the table itself holds."""
+    for key, row in fresh.samples.items():
+        for label, (now,) in row.items():
+            then = stored.samples[key][label][0][: len(now)]
+            what = f"{name}: {label}, {key}: the error"
+            rms = statistic(np.array([now, then]), "error").tolist()
+            _assert_near(rms[0], rms[1], what)
+            least = float(np.median(then)) / 4
+            for i, (a, b) in enumerate(zip(now, then, strict=True)):
+                # Far below the others, an error is mostly that of the reference.
+                assert abs(a - b) < _AGREE * max(b, least), (
+                    f"{what} of sample {i} is {a:.4g} now and was {b:.4g} in the full "
+                    f"run; {_AGAIN}"
+                )
+
+
+def _assert_near(now: float, then: float, what: str) -> None:
+    assert abs(now / then - 1) < _AGREE, (
+        f"{what} is {now:.4g} now and was {then:.4g} in the full run; {_AGAIN}"
+    )
+
+
+def _assert_consistent(table: Comparison, seeds: int, name: str) -> None:
+    """The numbers of every cell are those of the errors of its samples."""
+    for key, row in table.cells.items():
+        for label, numbers in row.items():
+            errors = np.array(table.samples[key][label])
+            assert errors.shape == (seeds, table.count), (
+                f"{name}: {label}, {key}: expected {seeds} seeds of {table.count} "
+                f"samples, the table holds {errors.shape}; {_AGAIN}"
             )
-            gap = float((now / then - 1).abs().max())
-            assert gap < _AGREE, (
-                f"{name}: {label}, {key}: the error is {float(now[0]):.4g} now and was "
-                f"{float(then[0]):.4g} in the full run; make it again "
-                "(ARTLIB_FULL=1) or find out what changed"
+            for measure in ("error", "median"):
+                made = statistic(errors, measure)
+                assert np.allclose(numbers[measure], made, rtol=_ROUNDED, atol=0), (
+                    f"{name}: {label}, {key}: the {measure} of the table is not that "
+                    f"of its samples: {numbers[measure]} and {made.tolist()}; {_AGAIN}"
+                )
+
+
+def _assert_origin(
+    made: Mapping[str, Any],
+    flow: ProbabilityFlow,
+    schedules: Mapping[str, HasGrid],
+    noises: Sequence[Tensor],
+    name: str,
+) -> None:
+    """Flow, noises and every grid are still those that made the table."""
+    for key, row in made["cells"].items():
+        for label, grid in row.items():
+            K = int(key.split()[1])
+            now = grid_key(schedules[label], K) if label in schedules else None
+            assert now == grid, (
+                f"{name}: {label}, {key}: the schedule was another in the full run; "
+                f"{_AGAIN}"
             )
+    then = Origin(**{k: v for k, v in made.items() if k != "cells"})
+    probe = sample(flow, noises[0][:PROBED], probe_grid(flow.process))
+    other = Origin.of(flow, noises, None, probe).difference(then)
+    assert other is None, f"{name}: {other} differed in the full run; {_AGAIN}"

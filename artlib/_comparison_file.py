@@ -33,6 +33,9 @@ from .processes import Process
 _PATIENCE = 60.0
 """Seconds to wait for another writer, who needs milliseconds."""
 
+PROBED = 8
+"""Samples by which a flow is known again."""
+
 _NOISE, _ENDS, _MEASURE, _PROCESS = 1e-6, 1e-3, 1e-3, 1e-9
 """How far two may differ, relative to their size, and be the same."""
 
@@ -60,7 +63,7 @@ class Origin:
         process: Its class, its range, and alpha and sigma on the way.
         dtypes: Of the noise, and of the network's calls.
         noises: Shape and `sketch` for each seed.
-        flow: `sketch` of where a few steps lead.
+        flow: `sketch` of where a few steps lead the first samples.
         ends: `sketch` for each seed, or None without references.
     """
 
@@ -83,7 +86,8 @@ class Origin:
             flow: The flow.
             noises: Its starts.
             ends: The references.
-            probe: Samples of the flow from the first noise on `probe_grid`.
+            probe: Samples of the flow from the first noise on `probe_grid`; of all of
+                it or of its first `PROBED` rows.
         """
         p = flow.process
         times = torch.linspace(p.t_min, p.t_max, 5, dtype=torch.float64)
@@ -92,7 +96,7 @@ class Origin:
             process=[type(p).__name__, *curve.tolist()],
             dtypes=[str(noises[0].dtype), str(flow.dtype)],
             noises=[[*map(float, x.shape), *sketch(x)] for x in noises],
-            flow=sketch(probe),
+            flow=sketch(probe[:PROBED]),
             ends=None if ends is None else [sketch(x) for x in ends],
         )
 
@@ -204,7 +208,8 @@ class ComparisonFile:
             if self._path.is_file():
                 self._merge()
             origin = {**asdict(self._origin), "cells": self._made}
-            text = json.dumps({**self.table.to_dict(), "origin": origin})
+            content = {**self.table.to_dict(), "origin": origin}
+            text = json.dumps(content, allow_nan=False)
             write_bytes(self._path, text.encode())
 
     def _merge(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,15 +30,16 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.delenv("ARTLIB_FULL", raising=False)
 
 
-def run(flow, **more):
+def run(flow, *, schedules=None, part=None, **more):
+    both = {"EDM": artlib.edm(PROCESS), "KL-optimal": artlib.kl_optimal(PROCESS)}
     return book.comparison(
         "ch99-test",
         flow,
-        {"EDM": artlib.edm(PROCESS), "KL-optimal": artlib.kl_optimal(PROCESS)},
+        schedules or both,
         noise,
         {"euler": [2, 4], "heun": [3]},
         count=8,
-        part={"euler": [2]},
+        part={"euler": [2]} if part is None else part,
         few=4,
         **more,
     )
@@ -47,7 +49,7 @@ def test_full_run_stores_and_quick_run_reads_and_checks(monkeypatch, tmp_path, c
     with monkeypatch.context() as patch:
         patch.setenv("ARTLIB_FULL", "1")
         whole = run(flow_of(1.0), measure=lambda x: {"spread": float(x.std())})
-    assert (tmp_path / "_build" / "ch99-test.partial.json").is_file()
+    assert not list((tmp_path / "_build").iterdir())
     capsys.readouterr()
     read = run(flow_of(1.0))
     assert read == whole
@@ -64,16 +66,129 @@ def test_code_that_gives_other_numbers_is_found_out(monkeypatch):
         run(flow_of(1.1))
 
 
-def test_stored_numbers_that_were_changed_are_found_out(monkeypatch, tmp_path):
+def full_run(monkeypatch, flow, **more):
     with monkeypatch.context() as patch:
         patch.setenv("ARTLIB_FULL", "1")
-        run(flow_of(1.0))
-    file = tmp_path / "notebooks" / "results" / "ch99-test.json"
+        return run(flow, **more)
+
+
+def change(path, *, by):
+    """Multiply the number at a path of the stored results."""
+    file = Path("notebooks/results/ch99-test.json")
     stored = json.loads(file.read_text())
-    stored["results"]["part"]["cells"]["euler 2"]["KL-optimal"]["error"][0] *= 1.05
+    *way, last = path
+    place = stored["results"]
+    for step in way:
+        place = place[step]
+    if isinstance(place[last], str):  # the errors of one seed's samples
+        first, _, rest = place[last].partition(" ")
+        place[last] = f"{float(first) * by:.4g} {rest}"
+    else:
+        place[last] *= by
     file.write_text(json.dumps(stored))
-    with pytest.raises(AssertionError, match="KL-optimal, euler 2"):
+
+
+CELL = ("table", "cells", "euler 2", "KL-optimal")
+
+
+@pytest.mark.parametrize(
+    ("path", "by", "message"),
+    [
+        ((*CELL, "error", 0), 1.01, "KL-optimal, euler 2: the error of the table"),
+        ((*CELL, "median", 2), 1.01, "KL-optimal, euler 2: the median of the table"),
+        (
+            ("table", "cells", "heun 3", "EDM", "error", 1),
+            1.01,
+            "EDM, heun 3: the error of the table",
+        ),
+        (
+            ("table", "samples", "euler 2", "EDM", 0),
+            1.03,
+            "EDM, euler 2: the error of sample 0 is",
+        ),
+        (
+            ("table", "samples", "euler 4", "EDM", 2),
+            1.001,
+            "a stored number was changed by hand",
+        ),
+        ((*CELL, "spread", 1), 1.01, "a stored number was changed by hand"),
+        (("table", "nfe", "heun 3"), 2, "a stored number was changed by hand"),
+        (("origin", "flow", 0), 1.01, "the flow's denoiser differed in the full run"),
+        (("origin", "noises", 2, 2), 1.01, "noises differed in the full run"),
+    ],
+)
+def test_stored_numbers_that_were_changed_are_found_out(monkeypatch, path, by, message):
+    full_run(monkeypatch, flow_of(1.0), measure=lambda x: {"spread": float(x.std())})
+    run(flow_of(1.0))
+    change(path, by=by)
+    with pytest.raises(AssertionError, match=f"ch99-test: .*{message}"):
         run(flow_of(1.0))
+
+
+def test_what_the_part_does_not_reach_is_found_out_too(monkeypatch):
+    full_run(monkeypatch, flow_of(1.0))
+    with pytest.raises(AssertionError, match="EDM, euler 2: the schedule was another"):
+        run(flow_of(1.0), schedules={"EDM": artlib.uniform(PROCESS)}, part={})
+    with pytest.raises(AssertionError, match="KL-optimal, euler 2: the schedule was a"):
+        run(flow_of(1.0), schedules={"EDM": artlib.edm(PROCESS)}, part={})
+    with pytest.raises(AssertionError, match="the flow's denoiser differed"):
+        run(flow_of(1.01), part={})
+    with pytest.raises(AssertionError, match="noises differed"):
+        run(flow_of(1.0), seeds=(0, 1, 3), part={})
+    with pytest.raises(AssertionError, match="expected 2 seeds of 8 samples"):
+        run(flow_of(1.0), seeds=(0, 1), part={})
+
+
+def test_a_second_full_run_computes_again(monkeypatch):
+    first = full_run(monkeypatch, flow_of(1.0))
+    second = full_run(monkeypatch, flow_of(4.0))
+    assert second != first
+    assert run(flow_of(4.0)) == second
+
+
+def test_a_full_run_goes_on_and_keeps_only_what_is_asked(monkeypatch, tmp_path):
+    calls = []
+
+    def dies(x):
+        calls.append(1)
+        if len(calls) > 5:
+            raise KeyboardInterrupt
+        return {}
+
+    both = {"EDM": artlib.edm(PROCESS), "KL-optimal": artlib.kl_optimal(PROCESS)}
+    with pytest.raises(KeyboardInterrupt):
+        full_run(monkeypatch, flow_of(1.0), measure=dies)
+    partial = tmp_path / "_build" / "ch99-test.partial.json"
+    assert "EDM" in json.loads(partial.read_text())["cells"]["euler 2"]
+    with pytest.raises(ValueError, match=r"partial\.json belongs to another"):
+        full_run(monkeypatch, flow_of(1.1))
+    only = full_run(
+        monkeypatch, flow_of(1.0), schedules={"KL-optimal": both["KL-optimal"]}
+    )
+    assert only.labels("euler") == ["KL-optimal"]
+    assert not partial.exists()
+
+
+def test_a_table_of_before_is_compared_with_the_part_that_it_holds(monkeypatch):
+    whole = full_run(monkeypatch, flow_of(1.0))
+    flow, noises = flow_of(1.0), [noise(4, 0)]
+    part = artlib.compare(
+        flow,
+        {"EDM": artlib.edm(PROCESS), "KL-optimal": artlib.kl_optimal(PROCESS)},
+        noises,
+        {"euler": [2]},
+        ends=artlib.references(flow, noises),
+    )
+    file = Path("notebooks/results/ch99-test.json")
+    stored = json.loads(file.read_text())
+    tables = {"table": whole.to_dict(), "part": part.to_dict()}
+    for table in tables.values():
+        del table["samples"]
+    file.write_text(json.dumps(stored | {"results": tables}))
+    assert run(flow).cells == whole.cells
+    change(("part", "cells", "euler 2", "KL-optimal", "error", 0), by=1.05)
+    with pytest.raises(AssertionError, match="KL-optimal, euler 2: the error is"):
+        run(flow)
 
 
 def test_without_results_the_message_says_how_to_make_them():
