@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -138,17 +139,32 @@ def learned(
         seed: Of the noise.
 
     Raises:
+        AssertionError: If the stored one was made from another network or noise, or
+            for another solver.
         FileNotFoundError: If there are no results yet.
     """
     from . import book
 
+    flow, x_T = ProbabilityFlow(net.process, net), net.sample_prior(32, seed=seed)
+    now = {**asdict(_origin(flow, [x_T])), "solver": solver}
     if book.full():
-        flow = ProbabilityFlow(net.process, net)
-        schedule = art(flow, net.sample_prior(32, seed=seed), solver=solver)
-        book.save_results(name, json.loads(schedule.to_json()), seed=seed)
-    return Schedule.from_json(
-        json.dumps(book.load_results(name)["results"]), source=name
+        learned_now = json.loads(art(flow, x_T, solver=solver).to_json())
+        book.save_results(name, {"schedule": learned_now, "origin": now}, seed=seed)
+    results = book.load_results(name)["results"]
+    then = results.get("origin", now)  # a file of before holds the schedule only
+    other = Origin(**_without(now, "solver")).difference(
+        Origin(**_without(then, "solver"))
     )
+    if other is None and now["solver"] != then["solver"]:
+        other = "solver"
+    assert other is None, f"{name}: {other} differed in the full run; {_AGAIN}"
+    made = json.dumps(results.get("schedule", results))
+    schedule = Schedule.from_json(made, source=name)
+    assert schedule.process == net.process, (
+        f"{name}: made for {schedule.process}, the network is for {net.process}; "
+        f"{_AGAIN}"
+    )
+    return schedule
 
 
 def describe(made: Mapping[str, Any], count: int, seeds: int) -> str:
@@ -185,6 +201,16 @@ def _measured(
         return Comparison()
     ends = references(flow, [noise], rtol=rtol)
     return compare(flow, schedules, [noise], part, ends=ends)
+
+
+def _origin(flow: ProbabilityFlow, noises: Sequence[Tensor]) -> Origin:
+    """What flow and noises are known by."""
+    probe = sample(flow, noises[0][:PROBED], probe_grid(flow.process))
+    return Origin.of(flow, noises, None, probe)
+
+
+def _without(data: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if name != key}
 
 
 def _digest(results: Mapping[str, Any]) -> str:
@@ -257,7 +283,5 @@ def _assert_origin(
                 f"{name}: {label}, {key}: the schedule was another in the full run; "
                 f"{_AGAIN}"
             )
-    then = Origin(**{k: v for k, v in made.items() if k != "cells"})
-    probe = sample(flow, noises[0][:PROBED], probe_grid(flow.process))
-    other = Origin.of(flow, noises, None, probe).difference(then)
+    other = _origin(flow, noises).difference(Origin(**_without(made, "cells")))
     assert other is None, f"{name}: {other} differed in the full run; {_AGAIN}"

@@ -228,5 +228,22 @@ def test_a_schedule_is_learned_in_a_full_run_and_read_afterwards(monkeypatch):
         patch.setenv("ARTLIB_FULL", "1")
         made = book.learned("ch99-schedule", net, solver="heun")
     assert calls == [{"solver": "heun"}]
-    assert book.learned("ch99-schedule", net) == made
+    assert book.learned("ch99-schedule", net, solver="heun") == made
     assert len(calls) == 1
+    # Of another network, noise or solver it would be another.
+    with pytest.raises(AssertionError, match="ch99-schedule: solver differed"):
+        book.learned("ch99-schedule", net)
+    with pytest.raises(AssertionError, match="ch99-schedule: noises differed"):
+        book.learned("ch99-schedule", net, solver="heun", seed=1001)
+    trained = artlib.zoo.load("fashion-small")
+    with torch.no_grad():
+        for weight in trained.parameters():
+            weight *= 1.001
+    with pytest.raises(AssertionError, match="the flow's denoiser differed"):
+        book.learned("ch99-schedule", trained, solver="heun")
+    # A file of before holds the schedule and nothing else.
+    book.save_results("ch99-old", json.loads(made.to_json()), seed=1000)
+    assert book.learned("ch99-old", net) == made
+    other = artlib.zoo.load("fashion-small", process=artlib.VE(sigma_max=20.0))
+    with pytest.raises(AssertionError, match="ch99-old: made for VE"):
+        book.learned("ch99-old", other)
