@@ -148,7 +148,12 @@ def save_results(name: str, results: dict[str, Any], *, seed: int) -> Path:
 
 
 def load_results(name: str) -> dict[str, Any]:
-    """Read what :func:`save_results` wrote: ``{"made": ..., "results": ...}``."""
+    """Read what :func:`save_results` wrote: ``{"made": ..., "results": ...}``.
+
+    Raises:
+        FileNotFoundError: If there are no such results.
+        ValueError: If the file is damaged.
+    """
     path = _results_dir() / f"{name}.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -156,8 +161,14 @@ def load_results(name: str) -> dict[str, Any]:
             "run the chapter at full size first (make full CHAPTER=NN), or name the "
             "folder that has them in the environment variable ARTLIB_RESULTS"
         )
-    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return loaded
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+        return {"made": loaded["made"], "results": loaded["results"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected what save_results writes, JSON with made and results "
+            f"({error!r}); restore the file, or make it again (make full CHAPTER=NN)"
+        ) from error
 
 
 def scratch(name: str) -> Path:

@@ -196,6 +196,14 @@ def test_without_results_the_message_says_how_to_make_them():
         run(flow_of(1.0))
 
 
+@pytest.mark.parametrize("text", ['{"made": {}, "resul', "[1, 2]", '{"made": {}}'])
+def test_damaged_results_are_refused_by_name(text):
+    book.save_results("ch99-test", {}, seed=0)
+    Path("notebooks/results/ch99-test.json").write_text(text)
+    with pytest.raises(ValueError, match=r"ch99-test\.json: expected what save"):
+        book.load_results("ch99-test")
+
+
 def test_results_do_not_make_the_commit_look_changed(tmp_path, monkeypatch):
     repository = tmp_path / "repository"
     for file in ("artlib/book.py", "notebooks/results/a.json"):
