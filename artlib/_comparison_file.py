@@ -213,7 +213,7 @@ class ComparisonFile:
             write_bytes(self._path, text.encode())
 
     def _merge(self) -> None:
-        """Take in what the file holds and this run did not measure itself."""
+        """Take in what the file holds beyond what this run measured itself."""
         read, origin, made = self._read()
         if not read.cells:
             return
@@ -221,12 +221,16 @@ class ComparisonFile:
             self._origin = replace(self._origin, ends=origin.ends)
         for key, row in read.cells.items():
             for label, found in row.items():
-                if (key, label) in self._own:
-                    continue
                 cell = made.get(key, {}).get(label, {})
-                if self._is_current(key, label, cell):
-                    samples = read.samples.get(key, {}).get(label, [])
-                    self._put(key, label, read.nfe[key], found, samples, cell)
+                if not self._is_current(key, label, cell):
+                    continue
+                samples = read.samples.get(key, {}).get(label, [])
+                if (key, label) in self._own:  # others may have measured more of it
+                    mine = self._made[key][label]
+                    found = found | self.table.cells[key][label]
+                    samples = self.table.samples.get(key, {}).get(label, samples)
+                    cell = mine | {"measures": cell["measures"] | mine["measures"]}
+                self._put(key, label, read.nfe[key], found, samples, cell)
 
     def _is_current(self, key: str, label: str, made: Mapping[str, Any]) -> bool:
         before = made.get("measures", {})

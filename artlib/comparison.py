@@ -248,4 +248,11 @@ def _probed(
     if ends is not None:
         x = ends[0].double() + x / 10
     x = x.to(noise.dtype if noise.dtype == torch.float64 else torch.float32)
-    return {name: float(value) for name, value in measure(x).items()}
+    try:
+        return {name: float(value) for name, value in measure(x).items()}
+    except Exception as error:
+        error.add_note(
+            "file: the measure is called first on the references, or on noise, to know "
+            "it again in the file; leave file out for one that cannot be"
+        )
+        raise

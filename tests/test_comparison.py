@@ -269,6 +269,40 @@ def test_cells_of_another_grid_or_measure_are_computed_again(flow, noises, tmp_p
     assert table.labels("euler") == ["EDM", "other"]
 
 
+def test_what_others_measured_of_a_cell_stays(flow, noises, tmp_path):
+    file, ends = tmp_path / "table.json", exact_ends(noises)
+    arguments = (flow, {"EDM": artlib.edm(flow.process)}, noises, {"euler": [2]})
+
+    def mean(x):
+        return {"mean": float(x.mean())}
+
+    def spread(x):
+        return {"spread": float(x.std())}
+
+    first = compare(*arguments, ends=ends, measure=mean, file=file)
+    both = compare(*arguments, measure=spread, file=file)
+    assert set(both.cells["euler 2"]["EDM"]) == {"mean", "error", "median", "spread"}
+    assert both.samples == first.samples
+    stored = Comparison.from_dict(json.loads(file.read_text()))
+    assert stored == both == compare(*arguments, ends=ends, measure=mean, file=file)
+
+
+def test_a_measure_that_cannot_be_known_again_says_so(flow, noises, tmp_path):
+    def only_small(x):
+        raise ValueError("expected small numbers")
+
+    with pytest.raises(ValueError, match="expected small") as found:
+        compare(
+            flow,
+            {"EDM": artlib.edm(flow.process)},
+            noises,
+            {"euler": [2]},
+            measure=only_small,
+            file=tmp_path / "table.json",
+        )
+    assert "to know it again in the file" in found.value.__notes__[0]
+
+
 def test_files_without_origin_are_refused_and_still_read(flow, noises, tmp_path):
     file, ends = tmp_path / "table.json", exact_ends(noises)
     arguments = (flow, {"EDM": artlib.edm(flow.process)}, noises, {"euler": [2]})
