@@ -20,17 +20,23 @@ agree in all the digits that half precision has, and their difference is what co
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ._checks import finite_float
+from ._rows import Part, Rows, rows_of
 from ._types import DenoiserFn
 from .processes import Process, as_time
 
 Prediction = Callable[[Tensor, Tensor], Tensor]
 """A network's raw call ``net(x, t)``."""
+
+
+D = TypeVar("D", bound="Denoiser")
 
 
 class Denoiser(nn.Module):
@@ -71,6 +77,27 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Denoise: x [n, *shape] at time t -> [n, *shape]."""
         return self._convert(x, self._predict, t)
+
+    def rows(self, index: Rows, count: int) -> DenoiserFn:
+        """The same denoiser for some of the samples; the network is shared.
+
+        Args:
+            index: Which samples, a slice or row numbers [n].
+            count: How many there are in all.
+        """
+        if not callable(getattr(self.network, "rows", None)):
+            return Part(self, count)
+        part = self._twin()
+        network = rows_of(self.network, index, count)
+        del part.network  # a child module gives way to a plain callable only so
+        part.network = network
+        return part
+
+    def _twin(self: D) -> D:
+        """A shallow copy, of which children and buffers can be replaced."""
+        twin = copy.copy(self)
+        twin._modules, twin._buffers = dict(self._modules), dict(self._buffers)
+        return twin
 
     def _predict(self, x: Tensor, t: Tensor) -> Tensor:
         dtype = network_dtype(self.network) or x.dtype
@@ -244,3 +271,27 @@ class CountNFE:
     def reset(self) -> None:
         """Set the count to 0."""
         self.nfe = 0
+
+    def rows(self, index: Rows, count: int) -> DenoiserFn:
+        """The denoiser for some of the samples; what it does is counted here.
+
+        Args:
+            index: Which samples, a slice or row numbers [n].
+            count: How many there are in all.
+        """
+        return _CountedPart(self, rows_of(self.denoiser, index, count))
+
+
+class _CountedPart:
+    """A part of a counted denoiser: it counts into the whole."""
+
+    def __init__(self, whole: CountNFE, denoiser: DenoiserFn) -> None:
+        self.denoiser = denoiser
+        self._whole = whole
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        self._whole.nfe += 1
+        return self.denoiser(x, t)
+
+    def rows(self, index: Rows, count: int) -> _CountedPart:
+        return _CountedPart(self._whole, rows_of(self.denoiser, index, count))

@@ -33,6 +33,7 @@ from ._log_level import log_level, log_level_dot
 from ._path_derivative import Acceleration, PathDerivative, derivative_matrix
 from ._precision import full_precision
 from ._reference_path import Trajectory, integrate
+from ._rows import Rows, rows_of
 from ._types import DenoiserFn, TimeLike
 from .denoisers import casts_itself, network_dtype
 from .processes import VE, Process, as_time
@@ -101,6 +102,24 @@ class ProbabilityFlow:
         """
         flow = copy.copy(self)
         flow.denoiser = denoiser
+        return flow
+
+    def rows(self, index: Rows, count: int) -> ProbabilityFlow:
+        """The same flow for some of its samples, with their conditions.
+
+        A denoiser that holds a condition for each sample says how they are taken
+        apart by a method ``rows(index, count)``, which returns the denoiser of these
+        rows; those of `artlib.adapters` have it. One without it is kept as it is.
+
+        Args:
+            index: Which samples: a slice, or row numbers [n] (int64).
+            count: How many samples there are in all.
+
+        Returns:
+            A flow to call with states [n, *shape] of these samples.
+        """
+        flow = copy.copy(self)
+        flow.denoiser = rows_of(self.denoiser, index, count)
         return flow
 
     def denoise(self, x: Tensor, t: TimeLike) -> Tensor:
@@ -291,15 +310,24 @@ class ProbabilityFlow:
                 f"to_ve: the noise level is infinite at t_max = {self.process.t_max}; "
                 "use RectifiedFlow(t_max=0.999)"
             )
-        process = self.process
-
-        def denoiser(y: Tensor, level: Tensor) -> Tensor:
-            t = process.inverse_noise_level(level.double())
-            alpha = process.alpha(t).to(y.dtype)
-            return self.denoise(alpha * y, t)
-
-        flow = ProbabilityFlow(VE(sigma_min=low, sigma_max=high), denoiser)
+        flow = ProbabilityFlow(VE(sigma_min=low, sigma_max=high), _InVE(self))
         # The conversion is done in the dtype of the state, but a difference has to
         # step as far as the rounding of the network asks for.
         flow._derivative = PathDerivative(self.acceleration_method, high, self.dtype)
         return flow
+
+
+class _InVE:
+    """The denoiser of a flow in coordinates x / alpha, at the noise level."""
+
+    def __init__(self, flow: ProbabilityFlow) -> None:
+        self._flow = flow
+
+    def __call__(self, y: Tensor, level: Tensor) -> Tensor:
+        process = self._flow.process
+        t = process.inverse_noise_level(level.double())
+        alpha = process.alpha(t).to(y.dtype)
+        return self._flow.denoise(alpha * y, t)
+
+    def rows(self, index: Rows, count: int) -> _InVE:
+        return _InVE(self._flow.rows(index, count))

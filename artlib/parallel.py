@@ -47,8 +47,9 @@ class ParallelFlow(ProbabilityFlow):
         rtol: float = 1e-6,
     ) -> Trajectory:
         n = len(x_T)
-        own = super().trajectory(
-            x_T[self._rows(n, x_T.device)], times, method=method, rtol=rtol
+        rows = self._rows(n, x_T.device)
+        own = ProbabilityFlow.trajectory(
+            self.rows(rows, n), x_T[rows], times, method=method, rtol=rtol
         )
         return Trajectory(
             own.times,
@@ -66,14 +67,15 @@ class ParallelFlow(ProbabilityFlow):
             path.denoised[:, rows],
             path.velocities[:, rows],
         )
-        values = super().path_stiffness(own)
+        part = self.rows(rows, n)
+        values = ProbabilityFlow.path_stiffness(part, own)
         # Forward mode may work on the rows of one process and not on another's.
         differs = torch.tensor(
             [self.acceleration_method == "difference"], device=self.accelerator.device
         )
         if bool(self.accelerator.gather(differs).any()) and not bool(differs):
             self._derivative.method = "difference"
-            values = super().path_stiffness(own)
+            values = ProbabilityFlow.path_stiffness(part, own)
         return self._gather(values, n)
 
     def _rows(self, n: int, device: torch.device) -> Tensor:
@@ -161,5 +163,6 @@ def sample(
             f"flow: expected a ParallelFlow, got {type(flow).__name__}; make one with "
             "artlib.parallel.split(flow)"
         )
-    rows = flow._rows(len(x_T), x_T.device)
-    return flow._gather(sample_here(flow, x_T[rows], grid, solver=solver), len(x_T))
+    rows, n = flow._rows(len(x_T), x_T.device), len(x_T)
+    own = sample_here(flow.rows(rows, n), x_T[rows], grid, solver=solver)
+    return flow._gather(own, n)

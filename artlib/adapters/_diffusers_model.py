@@ -31,7 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import finite_float
-from ..denoisers import Denoiser, network_dtype
+from .._rows import Rows
+from ..denoisers import Denoiser, Prediction, network_dtype
 from ..processes import VE, Process, RectifiedFlow, as_time
 from ._diffusers_rules import table_levels
 from ._guidance import Condition, Guidance
@@ -133,6 +134,20 @@ class DiffusersDenoiser(Denoiser):
         self._guide = guide
         self._scale = timestep_scale
 
+    def rows(self, index: Rows, count: int) -> DiffusersDenoiser:
+        """The same with the conditions of some of the samples.
+
+        Args:
+            index: Which samples, a slice or row numbers [n].
+            count: How many there are in all.
+
+        Raises:
+            ValueError: If a condition has neither one row nor ``count``.
+        """
+        part = self._twin()
+        part._guide = self._guide.rows(index, count)
+        return part
+
     def _formula(self, scheduler: Any) -> Callable[..., Tensor]:
         config = _config(scheduler)
         if _is_flow(scheduler):
@@ -140,7 +155,7 @@ class DiffusersDenoiser(Denoiser):
             steps = float(config.num_train_timesteps)
             if self.prediction != "flow_prediction":
                 raise _unknown(self.prediction, "a flow")
-            return lambda x, net, t: x - _like(t, x) * self._ask(x, steps * t)
+            return lambda x, net, t: x - _like(t, x) * net(x, steps * t)
         self.prediction = config.prediction_type
         if _is_edm(scheduler):
             return self._edm(float(config.sigma_data))
@@ -153,10 +168,10 @@ class DiffusersDenoiser(Denoiser):
         else:
             time = _Steps(table_levels(scheduler))
 
-        def denoise(y: Tensor, net: object, s: Tensor) -> Tensor:
+        def denoise(y: Tensor, net: Prediction, s: Tensor) -> Tensor:
             level = as_time(s)
             scaled = y / _like((1 + level**2).sqrt(), y)
-            return convert(y, _like(level, y), self._ask(scaled, time(level)))
+            return convert(y, _like(level, y), net(scaled, time(level)))
 
         return denoise
 
@@ -165,16 +180,16 @@ class DiffusersDenoiser(Denoiser):
         if sign is None:
             raise _unknown(self.prediction, "a scheduler of the EDM family")
 
-        def denoise(y: Tensor, net: object, s: Tensor) -> Tensor:
+        def denoise(y: Tensor, net: Prediction, s: Tensor) -> Tensor:
             level = as_time(s)
             total = level**2 + data**2
-            output = self._ask(y / _like(total.sqrt(), y), _quarter_log(level))
+            output = net(y / _like(total.sqrt(), y), _quarter_log(level))
             skip = _like(data**2 / total, y)
             return skip * y + _like(sign * level * data / total.sqrt(), y) * output
 
         return denoise
 
-    def _ask(self, x: Tensor, time: Tensor) -> Tensor:
+    def _predict(self, x: Tensor, time: Tensor) -> Tensor:
         """The network's answer in the dtype of ``x``; its time stays in float32."""
         told = (self._scale * time).to(torch.float32).reshape(-1).expand(len(x))
         dtype = network_dtype(self.network) or torch.float32

@@ -10,6 +10,7 @@ References:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .._checks import finite_float
+from .._rows import Rows, take_rows
 
 Condition: TypeAlias = Mapping[str, Any]
 """Keyword arguments of a network: tensors with one row, or one per sample, or
@@ -99,6 +101,47 @@ class Guidance:
         ).chunk(2)
         return without + self.factor * (with_it - without)
 
+    def rows(self, index: Rows, count: int) -> Guidance:
+        """The same with the conditions of some of the samples.
+
+        Args:
+            index: Which samples, a slice or row numbers [n].
+            count: How many there are in all.
+
+        Raises:
+            ValueError: If a condition has neither one row nor ``count``.
+        """
+        part = copy.copy(self)
+        part.condition = _take(self.condition, index, count)
+        if self.unconditional is not None:
+            part.unconditional = _take(self.unconditional, index, count)
+        return part
+
+
+def _take(condition: Condition, index: Rows, count: int) -> dict[str, Any]:
+    """Some rows of every tensor that has one for each of ``count`` samples."""
+    taken: dict[str, Any] = {}
+    for name, value in condition.items():
+        if isinstance(value, Mapping):
+            taken[name] = _take(value, index, count)
+        elif _per_sample(name, value, count):
+            taken[name] = take_rows(value, index)
+        else:
+            taken[name] = value
+    return taken
+
+
+def _per_sample(name: str, value: Any, n: int) -> bool:
+    """Whether a condition has a row for each of ``n`` samples, and not one for all."""
+    if not isinstance(value, Tensor):
+        return False
+    if not value.ndim or value.shape[0] not in (1, n):
+        raise ValueError(
+            f"condition: {name!r} has shape {tuple(value.shape)}, expected one row "
+            f"or as many as there are samples, {n}"
+        )
+    return value.shape[0] == n
+
 
 def _rows(condition: Condition, n: int, device: torch.device) -> dict[str, Any]:
     """Every tensor of a condition with ``n`` rows, on the state's device."""
@@ -108,13 +151,9 @@ def _rows(condition: Condition, n: int, device: torch.device) -> dict[str, Any]:
             rows[name] = _rows(value, n, device)
         elif not isinstance(value, Tensor):
             rows[name] = value
-        elif value.ndim and value.shape[0] in (1, n):
-            rows[name] = value.to(device).expand(n, *value.shape[1:])
         else:
-            raise ValueError(
-                f"condition: {name!r} has shape {tuple(value.shape)}, expected one row "
-                f"or as many as there are samples, {n}"
-            )
+            _per_sample(name, value, n)
+            rows[name] = value.to(device).expand(n, *value.shape[1:])
     return rows
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import finite_float
+from .._rows import Rows, take_rows
 from ..denoisers import Denoiser, network_dtype
 from ..processes import VE, as_time
 
@@ -98,7 +99,7 @@ class EDMDenoiser(Denoiser):
                 )
         low = max(sigma_min, float(getattr(network, "sigma_min", 0.0)))
         high = min(sigma_max, float(getattr(network, "sigma_max", float("inf"))))
-        super().__init__(network, VE(low, high), lambda x, net, t: self._guided(x, t))
+        super().__init__(network, VE(low, high), lambda x, net, t: net(x, t))
         self.guide = guide
         self._factor = finite_float(guidance, "guidance")
         if self._factor != 1 and guide is None:
@@ -108,6 +109,25 @@ class EDMDenoiser(Denoiser):
             )
         self._check_labels(class_labels)
         self.register_buffer("class_labels", class_labels, persistent=False)
+
+    def rows(self, index: Rows, count: int) -> EDMDenoiser:
+        """The same with the labels of some of the samples.
+
+        Args:
+            index: Which samples, a slice or row numbers [n].
+            count: How many there are in all.
+
+        Raises:
+            ValueError: If there is neither one row of labels nor ``count``.
+        """
+        labels: Any = self.class_labels
+        if labels is None or labels.shape[0] == 1:
+            return self
+        if labels.shape[0] != count:
+            raise _wrong_number(labels, count)
+        part = self._twin()
+        part.class_labels = take_rows(labels, index)
+        return part
 
     def _check_labels(self, labels: Tensor | None) -> None:
         classes = getattr(self.network, "label_dim", None)
@@ -123,7 +143,8 @@ class EDMDenoiser(Denoiser):
                 f"shape {tuple(labels.shape)}; torch.nn.functional.one_hot makes them"
             )
 
-    def _guided(self, x: Tensor, t: Tensor) -> Tensor:
+    def _predict(self, x: Tensor, t: Tensor) -> Tensor:
+        """The guided answer."""
         sigma = as_time(t).reshape(-1)
         denoised = self._ask(self.network, x, sigma)
         if self._factor == 1 or self.guide is None:
@@ -139,12 +160,16 @@ class EDMDenoiser(Denoiser):
             if getattr(network, "label_dim", None) == 0:
                 labels = None
             elif labels.shape[0] not in (1, len(x)):
-                raise ValueError(
-                    f"class_labels: {labels.shape[0]} rows for {len(x)} samples; give "
-                    "one row, or one per sample"
-                )
+                raise _wrong_number(labels, len(x))
             else:
                 labels = labels.to(x.device).expand(len(x), -1)
         dtype = network_dtype(network) or x.dtype
         told = sigma.to(device=x.device, dtype=torch.float32).expand(len(x))
         return network(x.to(dtype), told, labels).to(x.dtype)
+
+
+def _wrong_number(labels: Tensor, count: int) -> ValueError:
+    return ValueError(
+        f"class_labels: {labels.shape[0]} rows for {count} samples; give one row, or "
+        "one per sample"
+    )
