@@ -62,7 +62,7 @@ class ActorClock(Clock):
         node = (1 - rho) * (env._mean.shape[0] - 1)
         mean, std = (_interpolate(s, node)[:, 0] for s in (env._mean, env._std))
         flat = x.double().flatten(1).to(mean)
-        white = env._whiten(flat, mean, std).to(env.device)
+        white = env._whiten(flat, mean, std)
         index = ((1 - rho) * (len(env._usual_log) - 1)).round().long()
         log_q = size.double().to(env.device).clamp_min(1e-300).log()
         own = _relative_log(

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from ._log_level import log_level, log_level_dot
-from ._reference_path import Trajectory
 from ._stiffness import FINE, StiffnessTable
 from .denoisers import CountNFE
 from .flow import ProbabilityFlow
@@ -65,7 +64,7 @@ class TableEnvironment:
 
     Args:
         table: |Q| along the trajectories.
-        path: The trajectories themselves.
+        states: Of the trajectories at the times of the table [n, N, *sample_shape].
         floor: Least |Q| of a path in its exploration noise, relative to the mean over
             the paths at the same time.
         seed: Of the fixed random projection that stands for states of more than 32
@@ -86,7 +85,7 @@ class TableEnvironment:
     def __init__(
         self,
         table: StiffnessTable,
-        path: Trajectory,
+        states: Tensor,
         *,
         floor: float,
         seed: int,
@@ -113,11 +112,11 @@ class TableEnvironment:
         self._log_floor = floors.log().to(device)
         floored = torch.maximum(table.fine_values[:, ::_STRIDE], floors).log()
         self._usual_log = floored.mean(0).to(device)
-        self._project(path, seed)
-        self._fill(table, path)
+        self._project(states, seed)
+        self._fill(table, states)
 
     def with_paths(
-        self, table: StiffnessTable, path: Trajectory, x_T: Tensor
+        self, table: StiffnessTable, states: Tensor, x_T: Tensor
     ) -> TableEnvironment:
         """The same environment on other trajectories of the same flow.
 
@@ -126,15 +125,15 @@ class TableEnvironment:
 
         Args:
             table: |Q| along the new trajectories, at the same times.
-            path: The trajectories themselves.
+            states: Of the new trajectories at these times [n, N, *sample_shape].
             x_T: Their states at t_max [n, *sample_shape].
         """
         new = copy.copy(self)
         new.table, new.size = table, table.values.shape[0]
-        new._fill(table, path)
+        new._fill(table, states)
         return new
 
-    def _fill(self, table: StiffnessTable, path: Trajectory) -> None:
+    def _fill(self, table: StiffnessTable, states: Tensor) -> None:
         """Tabulate trajectories."""
         level = log_level(self.process, table.fine_times[::_STRIDE])
         values = table.fine_values[:, ::_STRIDE]
@@ -151,26 +150,30 @@ class TableEnvironment:
                 (self._top - level) / self.levels,
             ),
         ]
-        flat = path.states.flatten(2)
-        states = self._whiten(flat, self._mean, self._std)
-        place = (self._top - level) / self.levels * (path.times.numel() - 1)
-        features = _interpolate(states, place).permute(1, 0, 2)
+        # Time by time: the states of all are many, and may lie elsewhere.
+        white = [
+            self._whiten(x.flatten(1).to(mean), mean, std)
+            for x, mean, std in zip(states, self._mean, self._std, strict=True)
+        ]
+        place = (self._top - level) / self.levels * (len(table.times) - 1)
+        features = _interpolate(torch.stack(white), place).permute(1, 0, 2)
         own = _relative_log(columns[1], self._usual_log.cpu())[..., None]
         rows = torch.cat([torch.stack(columns, dim=2), own, features.cpu()], dim=2)
         self.width = 1 + features.shape[2]
         self._rows = rows.reshape(-1, rows.shape[2]).to(self.device).contiguous()
 
-    def _project(self, path: Trajectory, seed: int) -> None:
+    def _project(self, states: Tensor, seed: int) -> None:
         """Statistics of the states [n, N, d], per time: else noise drowns the data."""
-        flat = path.states.flatten(2)
-        self._mean = flat.mean(1, keepdim=True)
-        self._std = flat.std(1, correction=0, keepdim=True) + 1e-12
+        flat = [x.flatten(1) for x in states]
+        mean = torch.stack([x.mean(0, keepdim=True) for x in flat])
+        std = torch.stack([x.std(0, correction=0, keepdim=True) for x in flat])
+        self._mean, self._std = mean.to(self.device), std.to(self.device) + 1e-12
         self._projection: Tensor | None = None
-        if flat.shape[2] > _MAX_FEATURES:
+        if mean.shape[2] > _MAX_FEATURES:
             rng = torch.Generator().manual_seed(seed)
-            size = (flat.shape[2], _MAX_FEATURES)
+            size = (mean.shape[2], _MAX_FEATURES)
             random = torch.randn(size, generator=rng, dtype=torch.float64)
-            self._projection = torch.linalg.qr(random)[0].to(flat)
+            self._projection = torch.linalg.qr(random)[0].to(self._mean)
 
     def _whiten(self, flat: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         white = (flat - mean) / std
@@ -248,7 +251,7 @@ class ModelEnvironment(TableEnvironment):
         flow: The flow; its denoiser is called two or three times a step.
         x_T: States at t_max [N, *shape].
         table: As in `TableEnvironment`.
-        path: As in `TableEnvironment`.
+        states: As in `TableEnvironment`.
         floor: As in `TableEnvironment`.
         seed: As in `TableEnvironment`.
         device: As in `TableEnvironment`.
@@ -259,17 +262,18 @@ class ModelEnvironment(TableEnvironment):
         flow: ProbabilityFlow,
         x_T: Tensor,
         table: StiffnessTable,
-        path: Trajectory,
+        states: Tensor,
         *,
         floor: float,
         seed: int,
         device: torch.device,
     ) -> None:
         self._counter = CountNFE(flow.denoiser)
-        super().__init__(table, path, floor=floor, seed=seed, device=device)
+        super().__init__(table, states, floor=floor, seed=seed, device=device)
         self._flow = flow.with_denoiser(self._counter)
         self._x_T = x_T
         self._x = x_T
+        self._here = self._flow
 
     @property
     def nfe(self) -> int:
@@ -281,9 +285,9 @@ class ModelEnvironment(TableEnvironment):
         self._counter.nfe = value
 
     def with_paths(
-        self, table: StiffnessTable, path: Trajectory, x_T: Tensor
+        self, table: StiffnessTable, states: Tensor, x_T: Tensor
     ) -> ModelEnvironment:
-        new = super().with_paths(table, path, x_T)
+        new = super().with_paths(table, states, x_T)
         assert isinstance(new, ModelEnvironment)
         # Evaluations on other paths are none of the training's.
         new._counter = CountNFE(self._counter.denoiser)
@@ -293,12 +297,13 @@ class ModelEnvironment(TableEnvironment):
 
     def start(self, rows: Tensor) -> Place:
         self._x = self._x_T[rows.to(self._x_T.device)]
+        self._here = self._flow.rows(rows, len(self._x_T))
         return self._evaluate(super().start(rows), rows)
 
     def advance(self, here: Place, rows: Tensor, t: Tensor) -> Place:
         now = self._column(here.t)
         step = self._column(t) - now
-        velocity = self._flow.velocity(self._x, now)
+        velocity = self._here.velocity(self._x, now)
         self._x = self._x + step.to(self._x.dtype) * velocity
         return self._evaluate(super().advance(here, rows, t), rows)
 
@@ -307,7 +312,7 @@ class ModelEnvironment(TableEnvironment):
         return t.to(self._x.device).reshape(-1, *[1] * (self._x.ndim - 1))
 
     def _evaluate(self, place: Place, rows: Tensor) -> Place:
-        stiffness = self._flow.stiffness(self._x, self._column(place.t)).double()
+        stiffness = self._here.stiffness(self._x, self._column(place.t)).double()
         if not bool((torch.isfinite(stiffness)).all()):
             raise FloatingPointError(
                 "the network in the loop returned NaN or infinity (environment="
@@ -317,7 +322,8 @@ class ModelEnvironment(TableEnvironment):
         stiffness = stiffness.to(self.device)
         node = (1 - place.rho) * (self._mean.shape[0] - 1)
         mean, std = (_interpolate(s, node)[:, 0] for s in (self._mean, self._std))
-        white = self._whiten(self._x.double().flatten(1), mean, std).to(self.device)
+        flat = self._x.double().flatten(1).to(mean)
+        white = self._whiten(flat, mean, std)
         index = ((1 - place.rho) * (_LOOKUP - 1)).round().long().clamp(0, _LOOKUP - 1)
         log_q = stiffness.clamp_min(1e-300).log()
         log_floored = torch.maximum(log_q, self._log_floor[index])

@@ -17,8 +17,7 @@ has. For the norm, u runs over R orthonormal random directions per sample,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterable, Iterator
 from typing import Literal, get_args
 
 import torch
@@ -29,9 +28,12 @@ from ._integrators import integrate
 from ._log_level import log_level
 from ._precision import full_precision
 from ._reference_path import Trajectory
-from ._solver_error import Step, at_times, below, measure, step_of
+from ._rows import in_batches
+from ._solver_choice import Step
+from ._solver_error import SolverErrors, at_times, below, measure, step_of
 from ._stiffness import StiffnessTable
 from ._types import SeedLike
+from .denoisers import CountNFE
 from .flow import ProbabilityFlow
 
 Weight = Literal["local", "terminal", "dual"]
@@ -52,7 +54,8 @@ def measure_errors(
     method: str,
     probes: int,
     seed: SeedLike,
-) -> tuple[Tensor, int]:
+    batch: int | None,
+) -> tuple[Tensor, int, int]:
     """Weighted sizes of a solver's errors at the times of a table.
 
     Args:
@@ -65,9 +68,10 @@ def measure_errors(
         method: As there.
         probes: As there.
         seed: As there.
+        batch: As there.
 
     Returns:
-        Values [N, n] and the order p.
+        Values [N, n], the order p, and the network evaluations.
 
     Raises:
         ValueError: If the weight is unknown, and as in `artlib.error_table`.
@@ -82,38 +86,61 @@ def measure_errors(
     above = below(flow, times[-1], (-gap,))[0]
     inner = times[:-1] if float(level[-2] - level[-1]) > 0.05 else times[:-2]
     stations = torch.cat([inner, above[None], times[-1:]])
-    path = flow.trajectory(x_T, stations, method=method)
-    errors = measure(flow, path, solver, order)
-    norms = errors.norms()
-    local = at_times(flow, errors.times, norms, times)
-    if weight == "local":
-        return local, errors.order
-    if weight == "dual":
-        table = StiffnessTable(flow.process, times, local, order=errors.order)
-        gains = _dual_gains(
-            flow, path, errors.vectors, _arriving(flow, path, table, solver)
-        )
-    else:
-        rng = generator(seed, x_T.device)
-        count = min(probes, path.states[0, 0].numel())
-        gains = _norm_gains(flow, path, errors.vectors, count, rng)
-    norms = norms.to(gains) * gains
-    return at_times(flow, errors.times, norms, times), errors.order
-
-
-def _norm_gains(
-    flow: ProbabilityFlow,
-    path: Trajectory,
-    vectors: Tensor,
-    count: int,
-    rng: torch.Generator,
-) -> Tensor:
-    """|J Q| / |Q| per sample and step [N, n]."""
-    n, shape = path.states.shape[1], path.states.shape[2:]
-    d = math.prod(shape)
+    counter = CountNFE(flow.denoiser)
+    counted = flow.with_denoiser(counter)
+    # Drawn at once, so that the batches do not decide which directions are drawn.
+    n, d = len(x_T), x_T[0].numel()
+    count = min(probes, d) if weight == "terminal" else 0
+    rng = generator(seed, x_T.device)
     random = torch.randn(
         n, d, count, generator=rng, dtype=torch.float64, device=rng.device
     )
+    found = order
+
+    def parts() -> Iterator[tuple[ProbabilityFlow, Trajectory, SolverErrors, Tensor]]:
+        nonlocal found
+        split = in_batches(counted, [x_T, random], batch, counter=counter)
+        for part, (x, probe) in split:
+            path = part.trajectory(x, stations, method=method)
+            errors = measure(part, path, solver, found)
+            found = errors.order  # of a step: measured on the first batch
+            yield part, path, errors, probe
+            del path, errors  # before the next are made
+
+    def at_the_times(errors: SolverErrors, norms: Tensor) -> Tensor:
+        return at_times(flow, errors.times, norms, times)
+
+    measured: Iterable[tuple[ProbabilityFlow, Trajectory, SolverErrors, Tensor]]
+    measured, rows = parts(), []
+    if weight == "dual":
+        if batch is None or batch >= n:
+            measured = list(measured)  # a single batch is not measured again
+        local = [at_the_times(e, e.norms()) for _, _, e, _ in measured]
+        assert found is not None
+        table = StiffnessTable(flow.process, times, torch.cat(local), order=found)
+        nodes = table.art().grid(_STEPS)
+        nodes[-1] = flow.process.t_min
+        measured = measured if isinstance(measured, list) else parts()
+    for part, path, errors, probe in measured:
+        norms = errors.norms()
+        if weight == "dual":
+            error = _arriving(part, path, nodes, solver)
+            gains = _dual_gains(part, path, errors.vectors, error)
+            norms = norms.to(gains) * gains
+        elif weight == "terminal":
+            gains = _norm_gains(part, path, errors.vectors, probe)
+            norms = norms.to(gains) * gains
+        rows.append(at_the_times(errors, norms))
+    assert found is not None
+    return torch.cat(rows), found, counter.nfe
+
+
+def _norm_gains(
+    flow: ProbabilityFlow, path: Trajectory, vectors: Tensor, random: Tensor
+) -> Tensor:
+    """|J Q| / |Q| per sample and step [N, n], by random directions [N, d, count]."""
+    n, shape = path.states.shape[1], path.states.shape[2:]
+    d, count = random.shape[1:]
     directions = torch.linalg.qr(random)[0].to(path.states)
     end = directions.permute(2, 0, 1).reshape(count, n, *shape)
     unit = _normalised(vectors)
@@ -143,22 +170,12 @@ def _dual_gains(
 
 
 def _arriving(
-    flow: ProbabilityFlow,
-    path: Trajectory,
-    table: StiffnessTable,
-    solver: str | Step,
+    flow: ProbabilityFlow, path: Trajectory, nodes: Tensor, solver: str | Step
 ) -> Tensor:
-    """Error at t_min of a run of the solver on the schedule of its local errors."""
-    nodes = table.art().grid(_STEPS)
-    nodes[-1] = flow.process.t_min
+    """Error at t_min of a run of the solver on a schedule."""
     nodes = nodes.to(path.states.device)
-    x = path.states[0]
     with torch.no_grad():
-        if isinstance(solver, str):
-            x = integrate(flow, x, nodes, solver)
-        else:
-            for t, s in pairwise(nodes.unbind()):
-                x = solver(flow, x, t, s)
+        x = integrate(flow, path.states[0], nodes, solver)
     return x - path.states[-1]
 
 

@@ -103,6 +103,10 @@ class ActorCritic:
         warm_up: Iterations in which the critic alone learns.
         points: Times of the stiffness table.
         method: Integrator of the reference paths, see `stiffness_table`.
+        path_batch: Reference paths integrated together, and walked together by
+            `clocks` and `distill`; by default all. It bounds the memory there; what is
+            kept is the states of all paths, ``points`` of each in float64 on the CPU,
+            while the look-up table is made.
         device: Where to train; by default where ``x_T`` is.
 
     Attributes:
@@ -145,6 +149,7 @@ class ActorCritic:
         warm_up: int = 50,
         points: int = 64,
         method: str = "rk4",
+        path_batch: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         x_T = check_samples(x_T)
@@ -175,18 +180,22 @@ class ActorCritic:
         self.options.check(len(x_T))
         self.device = torch.device(device) if device is not None else x_T.device
         self._flow = flow
-        self._sampling: dict[str, Any] = {"points": points, "method": method}
+        self._sampling: dict[str, Any] = {
+            "points": points,
+            "method": method,
+            "batch": path_batch,
+        }
         self._shape = x_T.shape[1:]
-        self.table, path = stiffness_path(flow, x_T, **self._sampling)
+        self.table, states = stiffness_path(flow, x_T, **self._sampling)
         shared: dict[str, Any] = {
             "floor": self.options.floor,
             "seed": self.options.seed,
             "device": self.device,
         }
         self.environment = (
-            TableEnvironment(self.table, path, **shared)
+            TableEnvironment(self.table, states, **shared)
             if environment == "table"
-            else ModelEnvironment(flow, x_T, self.table, path, **shared)
+            else ModelEnvironment(flow, x_T, self.table, states, **shared)
         )
         self._loop = Loop(self.options, self.environment)
         self._watch = Watch()
@@ -290,14 +299,18 @@ class ActorCritic:
         environment = self.environment if x_T is None else self._on(x_T)
         rows = torch.arange(environment.size, device=self.device)
         actor = self._loop.learner.averaged_actor()
-        episodes = self._loop.play(rows, actor=actor, environment=environment)
-        return episodes.time.T.cpu()
+        parts = rows.split(self._sampling["batch"] or len(rows))
+        episodes = (
+            self._loop.play(part, actor=actor, environment=environment)
+            for part in parts
+        )
+        return torch.cat([e.time.T.cpu() for e in episodes])
 
     def _on(self, x_T: Tensor) -> TableEnvironment:
         """The environment on other trajectories."""
         x_T = same_shape(check_samples(x_T), self._shape)
-        table, path = stiffness_path(self._flow, x_T, **self._sampling)
-        return self.environment.with_paths(table, path, x_T)
+        table, states = stiffness_path(self._flow, x_T, **self._sampling)
+        return self.environment.with_paths(table, states, x_T)
 
     def distill(self, *, close: Close = "normalise") -> Schedule:
         r"""The mean clock over the trajectories, as a plain schedule.

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ._checks import check_samples, positive_int
 from ._integrators import StepCallback
+from ._solver_choice import Step, solver_of, take_step
 from ._stiffness import FLOOR, StiffnessTable
 from .flow import ProbabilityFlow
 
@@ -82,11 +83,19 @@ class ExactClock(Clock):
         steps: K.
         points: Times of the stiffness table.
         method: Integrator of the paths.
+        batch: Paths integrated together, which bounds the memory; by default all.
     """
 
-    def __init__(self, steps: int, *, points: int = 64, method: str = "rk4") -> None:
+    def __init__(
+        self,
+        steps: int,
+        *,
+        points: int = 64,
+        method: str = "rk4",
+        batch: int | None = None,
+    ) -> None:
         self.steps = positive_int(steps, "steps")
-        self._options = {"points": points, "method": method}
+        self._options = {"points": points, "method": method, "batch": batch}
         self._grids = torch.zeros(0, 0)
 
     def start(self, flow: ProbabilityFlow, x_T: Tensor) -> None:
@@ -219,16 +228,18 @@ def integrate_with(
     flow: ProbabilityFlow,
     x: Tensor,
     clock: Clock,
-    solver: str,
+    solver: str | Step,
     callback: StepCallback | None,
 ) -> Tensor:
-    """`artlib.sample` with a clock: Euler or Heun, per-sample times in one batch.
+    """`artlib.sample` with a clock: per-sample times in one batch.
 
     Args:
         flow: The flow.
         x: States at t_max.
         clock: The clock.
-        solver: ``"euler"`` or ``"heun"``; the step to 0 is Euler's.
+        solver: ``"euler"``, ``"heun"`` or a step, which gets its times as columns
+            [N, 1, ..., 1] and is charged one evaluation more, that of the clock; the
+            step to 0 is Euler's.
         callback: Gets the mean time of the samples.
 
     Raises:
@@ -241,9 +252,11 @@ def integrate_with(
             f"clock: expected an artlib Clock, got {type(clock).__name__}; a plain "
             "list of times is passed as grid"
         )
-    if solver not in ("euler", "heun"):
+    kind = solver_of(solver, adaptive=True)
+    if kind.step is None and solver not in ("euler", "heun"):
         raise ValueError(
-            f"solver: a clock per sample goes with 'euler' or 'heun', got {solver!r}"
+            "solver: a clock per sample goes with 'euler', 'heun' or a callable "
+            f"step(flow, x, t, s), got {solver!r}"
         )
     x = check_samples(x)
     K, n = positive_int(clock.steps, "clock.steps"), len(x)
@@ -255,12 +268,16 @@ def integrate_with(
             callback(k, float(t.mean()), x)
         denoised = flow.denoise(x, t.reshape(column))
         after = _checked(clock.advance(k, t, x, denoised), t, k, K)
-        velocity = flow.velocity_from(denoised, x, t.reshape(column))
-        step = (after - t).reshape(column).to(x.dtype)
-        y = x + step * velocity
-        if solver == "heun" and k < K - 1:
-            ahead = flow.velocity(y, after.reshape(column))
-            y = x + step / 2 * (velocity + ahead)
+        now, then = t.reshape(column), after.reshape(column)
+        if kind.step is not None and k < K - 1:
+            y = take_step(kind.step, flow, x, now, then)
+        else:
+            velocity = flow.velocity_from(denoised, x, now)
+            step = (then - now).to(x.dtype)
+            y = x + step * velocity
+            if solver == "heun" and k < K - 1:
+                ahead = flow.velocity(y, then)
+                y = x + step / 2 * (velocity + ahead)
         x, t = y, after
         if not bool(torch.isfinite(x).all()):
             raise ValueError(

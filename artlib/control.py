@@ -22,13 +22,15 @@ The clock runs over T = t_max - t_min, the range on which a schedule is learned.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ._checks import check_samples, positive_int
 from ._log_level import table_times
-from ._reference_path import Trajectory
-from ._solver_error import Step
+from ._rows import in_batches
+from ._solver_choice import Step
 from ._stiffness import Average, Clock, StiffnessTable, check_process
 from ._terminal import Weight, measure_errors
 from ._types import SeedLike
@@ -53,6 +55,7 @@ def stiffness_table(
     points: int = 64,
     method: str = "rk4",
     rtol: float = 1e-6,
+    batch: int | None = None,
 ) -> StiffnessTable:
     r"""|Q| along reference trajectories from ``x_T``: all that ART has to know.
 
@@ -64,6 +67,11 @@ def stiffness_table(
             point, ``"rk4"`` 4, ``"dopri5"`` as many as its tolerance asks for; forward
             mode adds one JVP a point.
         rtol: Tolerance of dopri5.
+        batch: Trajectories integrated together; by default all. The memory that is
+            needed goes with it: some 8 states a point and trajectory. The table is the
+            same to round-off (for dopri5, whose trajectories share their steps, within
+            its tolerance), and its ``nfe`` are those of one batch. Conditions go with
+            their samples (`ProbabilityFlow.rows`).
 
     Returns:
         A `StiffnessTable`.
@@ -72,7 +80,8 @@ def stiffness_table(
         TypeError: If ``flow`` is no flow or ``points`` no integer.
         ValueError: If ``x_T`` or the denoiser holds NaN or the wrong shape.
     """
-    return stiffness_path(flow, x_T, points=points, method=method, rtol=rtol)[0]
+    options: dict[str, Any] = {"method": method, "rtol": rtol, "batch": batch}
+    return stiffness_path(flow, x_T, points=points, keep=False, **options)[0]
 
 
 def stiffness_path(
@@ -82,8 +91,10 @@ def stiffness_path(
     points: int = 64,
     method: str = "rk4",
     rtol: float = 1e-6,
-) -> tuple[StiffnessTable, Trajectory]:
-    """`stiffness_table` together with the reference paths it was read from.
+    batch: int | None = None,
+    keep: bool = True,
+) -> tuple[StiffnessTable, Tensor]:
+    """`stiffness_table` together with the states of the paths it was read from.
 
     Args:
         flow: As in `stiffness_table`.
@@ -91,21 +102,40 @@ def stiffness_path(
         points: As there.
         method: As there.
         rtol: As there.
+        batch: As there.
+        keep: Whether to keep the states.
+
+    Returns:
+        The table and the states [points, N, *shape], float64, empty if they are not
+        kept. Those of more than one batch are on the CPU.
 
     Raises:
         ValueError: As there.
     """
     x_T, points = _checked(flow, x_T, points)
+    batch = None if batch is None else positive_int(batch, "batch")
     counter = CountNFE(flow.denoiser)
     counted = flow.with_denoiser(counter)
     times = table_times(flow.process, points)
-    path = counted.trajectory(x_T, times, method=method, rtol=rtol)
-    values = counted.path_stiffness(path)
-    method_used = counted.acceleration_method
+    methods: list[str] = []
+    # Forward mode may fail in a later batch: then all batches use the difference.
+    while not methods or (len(set(methods)) > 1 and methods[-1] == "difference"):
+        values, states, methods = [], [], []
+        for part, (x,) in in_batches(counted, [x_T], batch, counter=counter):
+            path = part.trajectory(x, times, method=method, rtol=rtol)
+            values.append(part.path_stiffness(path).cpu())
+            if keep:
+                states.append(path.states if batch is None else path.states.cpu())
+            methods.append(part.acceleration_method)
+            del path
     table = StiffnessTable(
-        flow.process, times, values.cpu(), nfe=counter.nfe, acceleration=method_used
+        flow.process,
+        times,
+        torch.cat(values),
+        nfe=counter.nfe,
+        acceleration=methods[-1],
     )
-    return table, path
+    return table, _joined(states)
 
 
 def art(
@@ -120,6 +150,7 @@ def art(
     method: str = "rk4",
     probes: int = 8,
     seed: SeedLike = 0,
+    batch: int | None = None,
 ) -> Schedule:
     r"""The closed-form ART schedule of a flow.
 
@@ -141,6 +172,8 @@ def art(
         method: Integrator of the reference paths, see `stiffness_table`.
         probes: See `error_table`.
         seed: See `error_table`.
+        batch: Trajectories computed together, which bounds the memory; by default all.
+            See `stiffness_table` and `error_table`.
 
     Returns:
         A `Schedule`; ``.grid(K)`` gives its timesteps for any K.
@@ -164,7 +197,8 @@ def art(
     if solver is None and weight == "local":
         if order is not None:
             raise ValueError(f"order: got {order} without a solver; pass solver=...")
-        return stiffness_table(flow, x_T, points=points, method=method).art(average)
+        table = stiffness_table(flow, x_T, points=points, method=method, batch=batch)
+        return table.art(average)
     table = error_table(
         flow,
         x_T,
@@ -175,6 +209,7 @@ def art(
         method=method,
         probes=probes,
         seed=seed,
+        batch=batch,
     )
     label = solver if isinstance(solver, str) else solver and "own step"
     kind = ", ".join(str(w) for w in (label, weight != "local" and weight) if w)
@@ -194,6 +229,7 @@ def error_table(
     method: str = "rk4",
     probes: int = 8,
     seed: SeedLike = 0,
+    batch: int | None = None,
 ) -> StiffnessTable:
     r"""A solver's own error per step, :math:`|Q_p| h^{p+1}`, along reference paths.
 
@@ -205,7 +241,8 @@ def error_table(
         solver: ``"euler"``, ``"heun"``, ``"rk4"``, ``"dpmpp_2m"`` (at equal steps in
             log-SNR), or any one-step solver as a callable ``step(flow, x, t, s)`` that
             takes states x [N, *shape] from process time t to s < t (0-d float64
-            tensors) and returns them.
+            tensors) and returns them. It sees one step, so no multistep method can be
+            passed so.
         order: p of a callable; by default it is measured.
         weight: ``"local"``: the error where it is made. ``"terminal"``: its size at
             t_min, :math:`|J Q_p|` with J the Jacobian of the flow from there to t_min.
@@ -217,6 +254,11 @@ def error_table(
         probes: Random directions per sample for ``"terminal"``; exact from the number
             of dimensions on. Unused otherwise.
         seed: Of the probes.
+        batch: Trajectories computed together; by default all. The memory that is
+            needed goes with it, but for the probes, which are drawn at once and are
+            the same whatever the batch. ``"dual"`` measures each batch twice, for its
+            run follows the schedule of all; the order of a callable is measured on the
+            first batch. ``nfe`` are those of one batch.
 
     Returns:
         A `StiffnessTable` of order p.
@@ -230,9 +272,8 @@ def error_table(
             under ``torch.no_grad`` or ``torch.inference_mode``).
     """
     x_T, points = _checked(flow, x_T, points)
-    counter = CountNFE(flow.denoiser)
-    values, p = measure_errors(
-        flow.with_denoiser(counter),
+    values, p, evaluations = measure_errors(
+        flow,
         x_T,
         table_times(flow.process, points),
         solver=solver,
@@ -241,19 +282,25 @@ def error_table(
         method=method,
         probes=positive_int(probes, "probes"),
         seed=seed,
+        batch=None if batch is None else positive_int(batch, "batch"),
     )
     return StiffnessTable(
         flow.process,
         table_times(flow.process, points),
         values.cpu(),
-        nfe=counter.nfe,
+        nfe=evaluations,
         acceleration="step doubling",
         order=p,
     )
 
 
 def cost(
-    flow: ProbabilityFlow, schedule: Schedule, x_T: Tensor, *, points: int = 64
+    flow: ProbabilityFlow,
+    schedule: Schedule,
+    x_T: Tensor,
+    *,
+    points: int = 64,
+    batch: int | None = None,
 ) -> float:
     r"""Cost :math:`C = E\int|Q|\,\theta^2\,ds` of a schedule on a flow, eq. (9).
 
@@ -264,9 +311,10 @@ def cost(
         schedule: The schedule.
         x_T: States at ``t_max`` [N, *shape].
         points: Times of the stiffness table.
+        batch: See `stiffness_table`.
     """
     check_process(schedule, flow.process)  # before anything is spent
-    return stiffness_table(flow, x_T, points=points).cost(schedule)
+    return stiffness_table(flow, x_T, points=points, batch=batch).cost(schedule)
 
 
 def lower_bound(
@@ -275,6 +323,7 @@ def lower_bound(
     *,
     clock: Clock = "open_loop",
     points: int = 64,
+    batch: int | None = None,
 ) -> float:
     """Cauchy-Schwarz bound on the cost; see `StiffnessTable.lower_bound`.
 
@@ -283,10 +332,19 @@ def lower_bound(
         x_T: States at ``t_max`` [N, *shape].
         clock: ``"open_loop"`` or ``"feedback"``.
         points: Times of the stiffness table.
+        batch: See `stiffness_table`.
     """
     if clock not in ("open_loop", "feedback"):
         raise ValueError(f"clock: expected 'open_loop' or 'feedback', got {clock!r}")
-    return stiffness_table(flow, x_T, points=points).lower_bound(clock)
+    table = stiffness_table(flow, x_T, points=points, batch=batch)
+    return table.lower_bound(clock)
+
+
+def _joined(states: list[Tensor]) -> Tensor:
+    """States [points, n, *shape] of all batches, those of several on the CPU."""
+    if not states:
+        return torch.empty(0)
+    return states[0] if len(states) == 1 else torch.cat([s.cpu() for s in states], 1)
 
 
 def _checked(flow: ProbabilityFlow, x_T: Tensor, points: int) -> tuple[Tensor, int]:

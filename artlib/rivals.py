@@ -36,6 +36,7 @@ from torch import Tensor
 from ._checks import as_grid, check_samples, generator, positive_int, require_finite
 from ._log_level import log_level, log_level_dot, table_times
 from ._precision import full_precision
+from ._rows import in_batches
 from ._types import SeedLike
 from .denoisers import CountNFE
 from .flow import ProbabilityFlow
@@ -131,7 +132,12 @@ class JumpCosts:
 
 @full_precision()
 def euler_jumps(
-    flow: ProbabilityFlow, x_T: Tensor, *, points: int = 64, method: str = "rk4"
+    flow: ProbabilityFlow,
+    x_T: Tensor,
+    *,
+    points: int = 64,
+    method: str = "rk4",
+    batch: int | None = None,
 ) -> JumpCosts:
     r"""What single Euler steps between points of reference paths leave.
 
@@ -146,6 +152,8 @@ def euler_jumps(
         points: Candidates between t_max and t_min, evenly spaced in the log noise
             level; 0 is one more.
         method: Integrator of the reference paths, see `artlib.stiffness_table`.
+        batch: Paths computed together, which bounds the memory; by default all. The
+            costs are the same to round-off, the ``nfe`` those of one batch.
 
     Returns:
         A `JumpCosts`; its ``grid(K)`` serves all budgets.
@@ -154,26 +162,35 @@ def euler_jumps(
         ValueError: If ``x_T`` or the denoiser holds NaN or the wrong shape.
     """
     x_T, points = check_samples(x_T), positive_int(points, "points", minimum=2)
+    batch = None if batch is None else positive_int(batch, "batch")
     counter = CountNFE(flow.denoiser)
+    counted = flow.with_denoiser(counter)
     times = table_times(flow.process, points)
-    path = flow.with_denoiser(counter).trajectory(x_T, times, method=method)
-    ends = torch.cat([path.states, path.denoised[-1:]])
     nodes = torch.cat([times, times.new_zeros(1)])
     costs = torch.zeros(points + 1, points + 1, dtype=torch.float64)
-    for i in range(points):
-        # [points - i, N, ...]: where each step from here lands, and where it should.
-        steps = (nodes[i + 1 :] - nodes[i]).to(x_T.device)
-        steps = steps.reshape(-1, *[1] * x_T.ndim)
-        missed = path.states[i] + steps * path.velocities[i] - ends[i + 1 :]
-        norms = torch.linalg.vector_norm(missed.flatten(2), dim=2)
-        costs[i, i + 1 :] = norms.mean(1).cpu()
+    for part, (x,) in in_batches(counted, [x_T], batch, counter=counter):
+        path, share = part.trajectory(x, times, method=method), len(x) / len(x_T)
+        ends = torch.cat([path.states, path.denoised[-1:]])
+        for i in range(points):
+            # [points - i, n, ...]: where each step from here lands, and should land.
+            steps = (nodes[i + 1 :] - nodes[i]).to(x_T.device)
+            steps = steps.reshape(-1, *[1] * x_T.ndim)
+            missed = path.states[i] + steps * path.velocities[i] - ends[i + 1 :]
+            norms = torch.linalg.vector_norm(missed.flatten(2), dim=2)
+            costs[i, i + 1 :] += share * norms.mean(1).cpu()
+        del path, ends
     return JumpCosts(flow.process, nodes, costs, counter.nfe)
 
 
 @full_precision()
 @torch.no_grad()
 def girsanov(
-    flow: ProbabilityFlow, x_0: Tensor, *, points: int = 64, seed: SeedLike = 0
+    flow: ProbabilityFlow,
+    x_0: Tensor,
+    *,
+    points: int = 64,
+    seed: SeedLike = 0,
+    batch: int | None = None,
 ) -> Schedule:
     r"""The schedule that minimises the Kullback-Leibler bound of the reverse diffusion.
 
@@ -190,6 +207,8 @@ def girsanov(
         points: Noise levels at which the loss is measured, each with one evaluation
             and the same noise.
         seed: Of the noise.
+        batch: Samples computed together, which bounds the memory; by default all. The
+            noise of a sample does not depend on it.
 
     Returns:
         A `Schedule`.
@@ -202,12 +221,14 @@ def girsanov(
     process, times = flow.process, table_times(flow.process, points)
     rng = generator(seed)
     noise = torch.randn(x_0.shape, generator=rng, dtype=torch.float64).to(x_0.device)
-    losses = []
-    for t in times:
-        a, s = float(process.alpha(t)), float(process.sigma(t))
-        denoised = flow.denoise(a * x_0.double() + s * noise, t)
-        losses.append((x_0 - denoised).double().square().sum() / len(x_0))
-    loss = torch.stack(losses).cpu()
+    batch = None if batch is None else positive_int(batch, "batch")
+    loss = torch.zeros(points, dtype=torch.float64)
+    for part, (clean, eps) in in_batches(flow, [x_0, noise], batch):
+        for k, t in enumerate(times):
+            a, s = float(process.alpha(t)), float(process.sigma(t))
+            denoised = part.denoise(a * clean.double() + s * eps, t)
+            missed = (clean - denoised).double().square().sum()
+            loss[k] += (missed / len(x_0)).cpu()
     require_finite(loss, "denoising loss", "check the denoiser at t_max and t_min")
     level = log_level(process, times).numpy()[::-1]
     # More noise cannot help: what a finite sample says to the contrary is noise.
