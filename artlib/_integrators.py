@@ -21,9 +21,8 @@ there is no signal at all (`RectifiedFlow` at t = 1) the error is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from collections.abc import Callable
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
@@ -31,42 +30,12 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from ._precision import full_precision
+from ._solver_choice import Solver, Step, solver_of, take_step
 from .flow import ProbabilityFlow
 
 StepCallback: TypeAlias = Callable[[int, float, Tensor], object]
 """Called as ``callback(step, t, x)``; what it returns is ignored."""
 
-
-@dataclass(frozen=True)
-class Solver:
-    """What is known about a solver before it runs.
-
-    Attributes:
-        order: Order of convergence on grids that end above 0.
-        evaluations: Network evaluations (NFE) per step; for the adaptive one, per
-            step tried.
-        method: Its name in torchdiffeq; empty if it is not one of torchdiffeq's.
-        stages: Where in the step it evaluates, as fractions of the step.
-        adaptive: Whether it chooses its own steps, and so takes no grid.
-    """
-
-    order: int
-    evaluations: int
-    method: str = ""
-    stages: tuple[float, ...] = ()
-    adaptive: bool = False
-
-
-SOLVERS: Mapping[str, Solver] = MappingProxyType(
-    {
-        "euler": Solver(1, 1, "euler", (0.0,)),
-        "heun": Solver(2, 2, "heun2", (0.0, 1.0)),
-        "rk4": Solver(4, 4, "rk4", (0.0, 1 / 3, 2 / 3, 1.0)),
-        "dpmpp_2m": Solver(2, 1),
-        "dopri5": Solver(5, 6, "dopri5", adaptive=True),
-    }
-)
-"""The solvers by name; read only."""
 
 # Trial steps after which dopri5 gives up: a smooth flow takes a few hundred.
 _MAX_TRIALS = 100_000
@@ -76,7 +45,7 @@ def integrate(
     flow: ProbabilityFlow,
     x: Tensor,
     nodes: Tensor,
-    solver: str,
+    solver: str | Step,
     callback: StepCallback | None = None,
 ) -> Tensor:
     """`artlib.sample` on a grid without its checks and without its ``no_grad``.
@@ -88,17 +57,20 @@ def integrate(
         flow: The ODE.
         x: States at the first node, float32 or float64.
         nodes: float64 [K + 1], strictly descending, on any device.
-        solver: A key of `SOLVERS` that is not adaptive.
+        solver: A key of `SOLVERS` that is not adaptive, or a step of one's own.
         callback: As in `artlib.sample`.
 
     Returns:
         States at the last node.
     """
+    kind = solver_of(solver)
     run = _Run(flow, nodes, x, callback)
-    if solver == "dpmpp_2m":
-        x = _multistep(run, x)
+    if kind.step is not None:
+        x = _own_steps(run, x, kind.step)
+    elif kind.method:
+        x = _one_step_methods(run, x, kind)
     else:
-        x = _one_step_methods(run, x, SOLVERS[solver])
+        x = _multistep(run, x)
     run.visit(x)
     run.require_finite()
     return x
@@ -188,6 +160,20 @@ def _one_step_methods(run: _Run, x: Tensor, kind: Solver) -> Tensor:
             method=kind.method,
             options={"grid_constructor": lambda *_: times},
         )[-1]
+    return _to_zero(run, x)
+
+
+def _own_steps(run: _Run, x: Tensor, step: Step) -> Tensor:
+    """A callable from node to node, then the Euler step to 0."""
+    times = run.on_device.unbind()
+    for t, s in pairwise(times[:-1] if run.ends_at_zero else times):
+        run.visit(x)
+        x = take_step(step, run.flow, x, t, s)
+    return _to_zero(run, x)
+
+
+def _to_zero(run: _Run, x: Tensor) -> Tensor:
+    """The Euler step to 0, if that is where the grid ends."""
     if run.ends_at_zero:
         run.visit(x)
         t = run.on_device[-2]

@@ -20,11 +20,8 @@ any smooth schedule as K grows. All of this is ours.
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -32,15 +29,12 @@ from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from ._checks import positive_int, require_finite
-from ._integrators import SOLVERS, integrate
+from ._integrators import integrate
 from ._log_level import log_level, log_level_dot
 from ._precision import full_precision
 from ._reference_path import Trajectory
+from ._solver_choice import Step, solver_of, take_step
 from .flow import ProbabilityFlow
-
-Step: TypeAlias = Callable[[ProbabilityFlow, Tensor, Tensor, Tensor], Tensor]
-"""A one-step solver: ``step(flow, x, t, s)`` takes states [N, *shape] from the process
-time t down to s > 0 (0-d float64 tensors) and returns them there, in the same shape."""
 
 LEAST_STEP = 0.02
 LARGEST_STEP = 0.05
@@ -99,41 +93,19 @@ def step_of(solver: str | Step, order: int | None) -> tuple[Step, int | None]:
     """
     if order is not None:
         order = positive_int(order, "order")
-    if isinstance(solver, str):
-        known = [name for name, kind in SOLVERS.items() if not kind.adaptive]
-        if solver not in known:
-            raise ValueError(
-                f"solver: expected one of {known} or a callable step(flow, x, t, s), "
-                f"got {solver!r}"
-            )
-        if order not in (None, SOLVERS[solver].order):
-            raise ValueError(
-                f"order: {solver} is of order {SOLVERS[solver].order}, got {order}; "
-                "leave it out for a solver with a name"
-            )
-        return _named_step(solver), SOLVERS[solver].order
-    if not callable(solver):
-        raise TypeError(
-            "solver: expected a name or a callable step(flow, x, t, s), got "
-            f"{type(solver).__name__}"
+    kind = solver_of(solver)
+    if kind.step is not None:
+        return kind.step, order
+    if order not in (None, kind.order):
+        raise ValueError(
+            f"order: {kind.name} is of order {kind.order}, got {order}; leave it out "
+            "for a solver with a name"
         )
-    try:
-        inspect.signature(solver).bind(None, None, None, None)
-    except ValueError:  # a builtin without a signature: its first call will tell
-        pass
-    except TypeError as error:
-        raise TypeError(
-            "solver: expected a callable step(flow, x, t, s) -> states at s, but it "
-            f"does not take these four arguments ({error})"
-        ) from error
-    return solver, order
 
-
-def _named_step(solver: str) -> Step:
     def step(flow: ProbabilityFlow, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return integrate(flow, x, torch.stack([t, s]), solver)
+        return integrate(flow, x, torch.stack([t, s]), kind.name)
 
-    return step
+    return step, kind.order
 
 
 @full_precision()
@@ -252,9 +224,8 @@ def _one_step_pair(
     flow: ProbabilityFlow, step: Step, x: Tensor, t: Tensor, mid: Tensor, end: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The step from t to the end at once, and by way of its middle."""
-    one = _checked(step(flow, x, t, end), x)
-    half = _checked(step(flow, x, t, mid), x)
-    return one, _checked(step(flow, half, mid, end), x)
+    one, half = (_step(step, flow, x, t, s) for s in (end, mid))
+    return one, _step(step, flow, half, mid, end)
 
 
 def _two_step_pair(
@@ -304,19 +275,10 @@ def _two_step_pair(
     return stations[2], stations[2], stations[4], (one, two)
 
 
-def _checked(y: Tensor, x: Tensor) -> Tensor:
-    if not isinstance(y, Tensor):
-        raise TypeError(
-            "solver: step(flow, x, t, s) has to return the states at s as a tensor, "
-            f"got {type(y).__name__}"
-        )
-    if y.shape != x.shape:
-        raise ValueError(
-            f"solver: step(flow, x, t, s) has to return the shape {tuple(x.shape)} of "
-            f"its states, got {tuple(y.shape)}"
-        )
+def _step(step: Step, flow: ProbabilityFlow, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    y = take_step(step, flow, x, t, s)
     require_finite(y, "solver", "its step has to be finite between t_max and t_min")
-    return y.double()
+    return y
 
 
 def _measured_order(flow: ProbabilityFlow, path: Trajectory, step: Step) -> int:

@@ -31,6 +31,7 @@ from ._comparison_file import ComparisonFile, Origin, probe_grid
 from ._comparison_table import Cell, Comparison, HasGrid, rounded
 from ._precision import full_precision
 from ._quality import nfe_ratio, nfe_to_quality
+from ._solver_choice import Step, solver_of
 from .denoisers import CountNFE
 from .flow import ProbabilityFlow
 from .metrics import terminal_error
@@ -55,8 +56,8 @@ __all__ = [
 Measure = Callable[[Tensor], Mapping[str, float]]
 """Samples [N, *shape] -> named numbers, for example distances in features."""
 
-Budgets = Mapping[str, Sequence[int]]
-"""Solver -> numbers of steps K."""
+Budgets = Mapping[str | Step, Sequence[int]]
+"""Solver, as in `artlib.sample`, -> numbers of steps K."""
 
 
 def baselines(process: Process) -> dict[str, Schedule]:
@@ -97,12 +98,7 @@ def references(
         float64 tensors of the same shapes.
     """
     return [
-        torch.cat(
-            [
-                sample(flow, part, solver="dopri5", rtol=rtol, atol=rtol)
-                for part in noise.split(batch)
-            ]
-        )
+        sample(flow, noise, solver="dopri5", rtol=rtol, atol=rtol, batch=batch)
         for noise in noises
     ]
 
@@ -126,7 +122,8 @@ def compare(
         flow: The flow.
         schedules: Label -> schedule, or anything else with a ``grid(K)``.
         noises: States at ``t_max``, one tensor [N, *shape] per seed.
-        budgets: Solver -> numbers of steps.
+        budgets: Solver -> numbers of steps. A step of your own stands in the result
+            under the name of its function.
         ends: From `references`; the measures ``"error"`` (root mean square) and
             ``"median"`` (over the samples) are distances to them, per coordinate. The
             distance of every sample is kept, for `Comparison.ratio`.
@@ -166,10 +163,11 @@ def compare(
         )
     batch = positive_int(batch, "batch")
     _check_processes(schedules, flow.process)
+    solvers = _by_name(budgets, file)
     table = Comparison(count=len(noises[0]))
     store = None
     if file is not None:
-        probe = _sampled(flow, noises[0], probe_grid(flow.process), "euler", batch)
+        probe = sample(flow, noises[0], probe_grid(flow.process), batch=batch)
         origin = Origin.of(flow, noises, ends, probe)
         numbers = _probed(measure, noises[0], ends, flow.process)
         store = ComparisonFile(file, origin, table.count, schedules, numbers)
@@ -178,8 +176,8 @@ def compare(
     counted = flow.with_denoiser(counter)
     todo = [
         (solver, K, label)
-        for solver, steps in budgets.items()
-        for K in dict.fromkeys(steps)
+        for solver, key in solvers.items()
+        for K in dict.fromkeys(budgets[key])
         for label in schedules
         if store is None
         or not store.holds(f"{solver} {K}", label, errors=ends is not None)
@@ -190,8 +188,8 @@ def compare(
         samples: list[list[float]] = []
         for seed, noise in enumerate(noises):
             counter.reset()
-            x = _sampled(counted, noise, grid, solver, batch)
-            evaluations = counter.nfe // len(noise.split(batch))
+            x = sample(counted, noise, grid, solver=solvers[solver], batch=batch)
+            evaluations = counter.nfe // -(-len(noise) // batch)
             numbers = dict(measure(x)) if measure is not None else {}
             if ends is not None:
                 numbers["error"] = terminal_error(x, ends[seed])
@@ -217,11 +215,25 @@ def compare(
     return table
 
 
-def _sampled(
-    flow: ProbabilityFlow, noise: Tensor, grid: Tensor, solver: str, batch: int
-) -> Tensor:
-    parts = noise.split(batch)
-    return torch.cat([sample(flow, part, grid, solver=solver) for part in parts])
+def _by_name(
+    budgets: Budgets, file: str | os.PathLike[str] | None
+) -> dict[str, str | Step]:
+    """The solvers by the names that their rows have in the table."""
+    named: dict[str, str | Step] = {}
+    for solver in budgets:
+        name = solver_of(solver, adaptive=True).name
+        if name in named:
+            raise ValueError(
+                f"budgets: two solvers are called {name!r}, and one would take the "
+                "other's rows; give their functions different names"
+            )
+        if file is not None and not isinstance(solver, str):
+            raise ValueError(
+                f"file: the step {name!r} cannot be told from another of that name "
+                "when the file is read again; leave file out for a step of your own"
+            )
+        named[name] = solver
+    return named
 
 
 def _check_processes(schedules: Mapping[str, HasGrid], process: Process) -> None:

@@ -27,7 +27,8 @@ from scipy.optimize import least_squares, minimize
 from torch import Tensor
 
 from ._checks import as_grid, positive_int, real_tensor, require_finite
-from ._integrators import SOLVERS, integrate
+from ._integrators import integrate
+from ._solver_choice import Step, solver_of
 from ._types import TimeLike
 from .flow import ProbabilityFlow
 from .processes import Process, as_time, check_process
@@ -67,13 +68,11 @@ def _flow(process: Process, lam: Tensor) -> ProbabilityFlow:
 
 
 def _nodes(
-    process: Process, grid: Tensor | Sequence[float] | np.ndarray, solver: str
+    process: Process, grid: Tensor | Sequence[float] | np.ndarray, solver: str | Step
 ) -> Tensor:
     """A checked grid; a float64 tensor that carries a graph keeps it."""
     check_process(process)
-    known = [name for name, kind in SOLVERS.items() if not kind.adaptive]
-    if solver not in known:
-        raise ValueError(f"solver: expected one of {known}, got {solver!r}")
+    solver_of(solver)
     checked = as_grid(grid)
     if abs(float(checked[0]) / process.t_max - 1) > 1e-6:
         raise ValueError(
@@ -90,7 +89,7 @@ def gaussian_output_std(
     variances: Tensor | Sequence[float],
     grid: Tensor | Sequence[float] | np.ndarray,
     *,
-    solver: str = "euler",
+    solver: str | Step = "euler",
 ) -> Tensor:
     r"""Exact standard deviations :math:`|m_j| s_{T,j}` of a sampler's output.
 
@@ -98,17 +97,29 @@ def gaussian_output_std(
         process: The noising process.
         variances: Eigenvalues of the data's covariance [d], >= 0.
         grid: K + 1 descending times from t_max; usually ``schedule.grid(K)``.
-        solver: ``"euler"``, ``"heun"``, ``"rk4"`` or ``"dpmpp_2m"``.
+        solver: ``"euler"``, ``"heun"``, ``"rk4"``, ``"dpmpp_2m"`` or a step as in
+            `artlib.sample` that treats coordinates alike and apart, and is linear.
 
     Returns:
         float64 [d], along the eigenvectors; differentiable in a float64 ``grid``.
 
     Raises:
-        TypeError: If an argument is of another type.
-        ValueError: If an argument is out of its range.
+        TypeError: If ``solver`` is neither a name nor a step.
+        ValueError: If an argument is out of its range, or a step is not linear in
+            every coordinate.
     """
     lam = _variances(variances)
     nodes = _nodes(process, grid, solver)
+    std = _output_std(process, lam, nodes, solver)
+    if not isinstance(solver, str):
+        _check_linear(process, lam, nodes, solver, std.detach())
+    return std
+
+
+def _output_std(
+    process: Process, lam: Tensor, nodes: Tensor, solver: str | Step
+) -> Tensor:
+    """`gaussian_output_std` of checked arguments."""
     with torch.set_grad_enabled(nodes.requires_grad):
         start = lam.new_ones(1, lam.numel())
         factor = integrate(_flow(process, lam), start, nodes, solver)[0]
@@ -116,12 +127,29 @@ def gaussian_output_std(
         return factor.abs() * torch.sqrt(alpha**2 * lam + sigma**2)
 
 
+def _check_linear(
+    process: Process, lam: Tensor, nodes: Tensor, solver: Step, std: Tensor
+) -> None:
+    """Refuse a step that does not multiply every coordinate by a number of its own."""
+    alpha, sigma = process.alpha(nodes[0]), process.sigma(nodes[0])
+    spread = torch.sqrt(alpha**2 * lam + sigma**2)
+    start = torch.linspace(2, 3, len(lam), dtype=torch.float64)
+    with torch.no_grad():
+        end = integrate(_flow(process, lam), start[None], nodes.detach(), solver)[0]
+    found = (end / start).abs() * spread
+    if not torch.allclose(found, std, rtol=1e-6, atol=1e-9 * float(spread.max())):
+        raise ValueError(
+            "solver: its step is not linear in each coordinate apart, so that its "
+            "output on a Gaussian is none; take samples with artlib.sample instead"
+        )
+
+
 def gaussian_w2(
     process: Process,
     variances: Tensor | Sequence[float],
     grid: Tensor | Sequence[float] | np.ndarray,
     *,
-    solver: str = "euler",
+    solver: str | Step = "euler",
 ) -> Tensor:
     r"""Exact W2 between a sampler's output and its data :math:`N(0, C)`.
 
@@ -138,8 +166,8 @@ def gaussian_w2(
         0-d float64 tensor, in units of the data; differentiable in ``grid``.
 
     Raises:
-        TypeError: If an argument is of another type.
-        ValueError: If an argument is out of its range.
+        TypeError: As in `gaussian_output_std`.
+        ValueError: As there.
     """
     lam = _variances(variances)
     nodes = _nodes(process, grid, solver)
@@ -153,7 +181,7 @@ def oracle_grid(
     variances: Tensor | Sequence[float],
     K: int,
     *,
-    solver: str = "euler",
+    solver: str | Step = "euler",
     seed: int = 0,
 ) -> Tensor:
     r"""The K-step grid with the least exact W2 on :math:`N(0, C)`.
@@ -180,8 +208,8 @@ def oracle_grid(
         float64 [K + 1], t_max ... 0.
 
     Raises:
-        TypeError: If an argument is of another type.
-        ValueError: If an argument is out of its range.
+        TypeError: As in `gaussian_output_std`.
+        ValueError: As there.
     """
     K = positive_int(K, "K")
     seed = positive_int(seed, "seed", minimum=0)
@@ -194,10 +222,12 @@ def oracle_grid(
 
     def residuals(logits: Tensor) -> Tensor:
         nodes = _from_logits(process, logits)
-        std = gaussian_output_std(process, distinct, nodes, solver=solver)
+        std = _output_std(process, distinct, nodes, solver)
         return weight * (std - distinct.sqrt())
 
     starts = _starts(process, K, seed)
+    first = _from_logits(process, torch.from_numpy(starts[0]))
+    gaussian_output_std(process, distinct, first, solver=solver)  # or it refuses
     # A point (variance 0) is no condition: the last step puts it where it belongs.
     few = int((distinct > 0).sum()) < K
     width = float(lam.sum()) ** 0.5 or 1.0

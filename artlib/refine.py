@@ -22,7 +22,7 @@ of this is ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,9 +33,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ._checks import check_samples, finite_float, positive_int
-from ._integrators import SOLVERS, integrate
+from ._integrators import integrate
 from ._log_level import table_times
 from ._precision import full_precision
+from ._rows import in_batches
+from ._solver_choice import Step, solver_of
 from ._stiffness import check_process
 from .denoisers import CountNFE
 from .flow import ProbabilityFlow
@@ -62,10 +64,11 @@ def refine(
     x_T: Tensor,
     K: int,
     *,
-    solver: str = "euler",
+    solver: str | Step = "euler",
     iterations: int = 100,
     reference: Tensor | None = None,
     held_out: float = 0.25,
+    batch: int | None = None,
     progress: bool = False,
 ) -> Schedule:
     r"""The K-step grid of a schedule, its nodes moved for one solver on one flow.
@@ -75,11 +78,16 @@ def refine(
         flow: The flow.
         x_T: States at ``t_max`` [N, *shape], N >= 2; a few dozen will do.
         K: Number of steps, >= 2; the result is made for this number.
-        solver: ``"euler"``, ``"heun"``, ``"rk4"`` or ``"dpmpp_2m"``.
+        solver: ``"euler"``, ``"heun"``, ``"rk4"`` or ``"dpmpp_2m"``, or a step as in
+            `artlib.sample`, differentiable in its states and times.
         iterations: BFGS iterations at most; it usually stops before thirty.
         reference: Accurate x_0 of the same ``x_T`` [N, *shape]; by default integrated
             here, by RK4 on 96 times.
-        held_out: Share of ``x_T`` that is held out, within (0, 1).
+        held_out: Share of ``x_T`` that is held out, within (0, 1). A denoiser's
+            conditions go with their samples (`ProbabilityFlow.rows`).
+        batch: Samples computed together, which bounds the memory (the gradient holds
+            all K steps of them, the reference 96 states of each); by default all. The
+            grid is the same to round-off, and so are the counted evaluations.
         progress: Whether to show a progress bar (on stderr).
 
     Returns:
@@ -91,14 +99,16 @@ def refine(
         ValueError: If one is out of its range, ``schedule`` belongs to another process,
             or its own grid already gives NaN.
     """
-    problem = _problem(schedule, flow, x_T, K, solver, reference, held_out)
+    batch = None if batch is None else positive_int(batch, "batch")
+    problem = _problem(schedule, flow, x_T, K, solver, reference, held_out, batch)
     iterations = positive_int(iterations, "iterations")
     start = schedule.grid(K)
     before = problem.held_out_error(start)
     if not math.isfinite(before) or not math.isfinite(problem.value(start)):
         raise ValueError(
-            f"schedule: its own grid of {K} steps gives NaN or infinity with {solver}; "
-            "check the denoiser, or start from another schedule"
+            f"schedule: its own grid of {K} steps gives NaN or infinity with "
+            f"{solver_of(solver).name}; check the denoiser, or start from another "
+            "schedule"
         )
     best = _Best(start, before)
     logits = _to_logits(flow.process, _free(schedule, problem, start))
@@ -124,7 +134,7 @@ def refine(
         )
     notes = {
         "method": "refined",
-        "solver": solver,
+        "solver": solver_of(solver).name,
         "start": schedule.provenance,
         "error_before": before,
         "error_after": best.error,
@@ -162,46 +172,74 @@ class _Best:
             self.nodes, self.error = nodes, error
 
 
+@dataclass(frozen=True)
+class _Noise:
+    """Samples, with the flow that has their conditions."""
+
+    flow: ProbabilityFlow
+    x: Tensor
+    reference: Tensor
+
+
 @dataclass
 class _Problem:
     """A solver's error on grids, from the same noise as the reference."""
 
     flow: ProbabilityFlow
-    solver: str
-    moving: tuple[Tensor, Tensor]  # x_T and reference that move the nodes
-    judging: tuple[Tensor, Tensor]  # and those that are held out
+    solver: str | Step
+    moving: _Noise  # what moves the nodes
+    judging: _Noise  # and what is held out
     counter: CountNFE
+    batch: int | None
     gradient: str = field(default="autograd")
 
-    def run(self, nodes: Tensor, noise: tuple[Tensor, Tensor]) -> Tensor:
+    def parts(self, noise: _Noise) -> Iterator[tuple[float, _Noise]]:
+        """Batches, each with its share of the samples."""
+        tensors = (noise.x, noise.reference)
+        split = in_batches(noise.flow, tensors, self.batch, counter=self.counter)
+        for flow, (x, reference) in split:
+            yield len(x) / len(noise.x), _Noise(flow, x, reference)
+
+    def run(self, nodes: Tensor, noise: _Noise) -> Tensor:
         """Mean squared error per coordinate; infinite where the run is."""
-        x, reference = noise
+        x, reference = noise.x, noise.reference
         try:
-            y = integrate(self.flow, x, nodes, self.solver)
+            y = integrate(noise.flow, x, nodes, self.solver)
         except ValueError as error:
             if "NaN or infinite" not in str(error):
                 raise
             return torch.tensor(math.inf, dtype=torch.float64)
         return (y - reference).square().mean()
 
-    def held_out_error(self, nodes: Tensor) -> float:
+    def mean_error(self, nodes: Tensor, noise: _Noise) -> float:
         with torch.no_grad():
-            return math.sqrt(float(self.run(nodes, self.judging)))
+            return sum(s * float(self.run(nodes, n)) for s, n in self.parts(noise))
+
+    def held_out_error(self, nodes: Tensor) -> float:
+        return math.sqrt(self.mean_error(nodes, self.judging))
 
     def value(self, nodes: Tensor) -> float:
         """Log of the error that is minimised."""
-        with torch.no_grad():
-            return _log(float(self.run(nodes, self.moving)))
+        return _log(self.mean_error(nodes, self.moving))
 
     def by_autograd(self, z: np.ndarray) -> tuple[float, np.ndarray]:
-        with torch.enable_grad():
-            logits = torch.tensor(z, requires_grad=True)
-            error = self.run(_from_logits(self.flow.process, logits), self.moving)
-            value = _log(float(error.detach()))
-            if value >= _HOPELESS or float(error.detach()) == 0:
-                return value, np.zeros_like(z)
-            (gradient,) = torch.autograd.grad(error.log(), logits)
-        return value, gradient.numpy()
+        """The value and its gradient, batch by batch: one graph at a time."""
+        total, slopes = 0.0, []
+        for share, noise in self.parts(self.moving):
+            with torch.enable_grad():
+                logits = torch.tensor(z, requires_grad=True)
+                error = self.run(_from_logits(self.flow.process, logits), noise)
+                size = float(error.detach())
+                total += share * size
+                if _log(size) >= _HOPELESS:
+                    return _HOPELESS, np.zeros_like(z)
+                if size > 0:
+                    (slope,) = torch.autograd.grad(error.log(), logits)
+                    slopes.append((share * size, slope.numpy()))
+        gradient = np.zeros_like(z)
+        for weight, row in slopes:
+            gradient += weight / total * row
+        return _log(total), gradient
 
     def by_differences(self, z: np.ndarray) -> tuple[float, np.ndarray]:
         value = self.value_at(z)
@@ -266,9 +304,10 @@ def _problem(
     flow: ProbabilityFlow,
     x_T: Tensor,
     K: int,
-    solver: str,
+    solver: str | Step,
     reference: Tensor | None,
     held_out: float,
+    batch: int | None,
 ) -> _Problem:
     """The arguments, checked, and the noise, split."""
     if not isinstance(schedule, Schedule):
@@ -284,9 +323,7 @@ def _problem(
     check_process(schedule, flow.process)
     if positive_int(K, "K") < 2:
         raise ValueError(f"K: expected at least 2, got {K}; one step has no inner node")
-    known = [name for name, kind in SOLVERS.items() if not kind.adaptive]
-    if solver not in known:
-        raise ValueError(f"solver: expected one of {known}, got {solver!r}")
+    solver_of(solver)
     x = check_samples(x_T).detach().double()
     share = finite_float(held_out, "held_out", positive=True)
     if share >= 1 or len(x) < 2:
@@ -297,8 +334,11 @@ def _problem(
     counter = CountNFE(flow.denoiser)
     counted = flow.with_denoiser(counter)
     if reference is None:
-        path = counted.trajectory(x, table_times(flow.process, _REFERENCE_POINTS))
-        reference = path.states[-1] - path.times[-1] * path.velocities[-1]
+        ends, times = [], table_times(flow.process, _REFERENCE_POINTS)
+        for part, (start,) in in_batches(counted, [x], batch, counter=counter):
+            path = part.trajectory(start, times)
+            ends.append(path.states[-1] - path.times[-1] * path.velocities[-1])
+        reference = torch.cat(ends)
     reference = check_samples(reference, "reference").detach().double().to(x.device)
     if reference.shape != x.shape:
         raise ValueError(
@@ -306,5 +346,8 @@ def _problem(
             f"{tuple(reference.shape)}; it is x_0 of the same noise, row by row"
         )
     cut = min(max(round((1 - share) * len(x)), 1), len(x) - 1)
-    moving, judging = ((x[s], reference[s]) for s in (slice(cut), slice(cut, None)))
-    return _Problem(counted, solver, moving, judging, counter)
+    moving, judging = (
+        _Noise(counted.rows(s, len(x)), x[s], reference[s])
+        for s in (slice(cut), slice(cut, None))
+    )
+    return _Problem(counted, solver, moving, judging, counter, batch)

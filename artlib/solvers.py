@@ -22,24 +22,22 @@ Times reach the flow as 0-d float64 tensors whatever the dtype of the state.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import as_grid, check_samples, finite_float
-from ._integrators import (
-    SOLVERS,
-    Solver,
-    StepCallback,
-    integrate,
-    integrate_adaptive,
-)
+from ._checks import as_grid, check_samples, finite_float, positive_int
+from ._integrators import StepCallback, integrate, integrate_adaptive
+from ._rows import in_batches
+from ._solver_choice import SOLVERS, Solver, Step, solver_of
 from .clocks import Clock, integrate_with
+from .denoisers import CountNFE
 from .flow import ProbabilityFlow
+from .processes import VE
 
-__all__ = ["SOLVERS", "GridLike", "Solver", "StepCallback", "nfe", "sample"]
+__all__ = ["SOLVERS", "GridLike", "Solver", "Step", "StepCallback", "nfe", "sample"]
 
 GridLike: TypeAlias = Sequence[float] | np.ndarray | Tensor
 """A list of K + 1 descending timesteps."""
@@ -51,10 +49,11 @@ def sample(
     grid: GridLike | None = None,
     *,
     clock: Clock | None = None,
-    solver: str = "euler",
+    solver: str | Step = "euler",
     rtol: float = 1e-6,
     atol: float = 1e-6,
     callback: StepCallback | None = None,
+    batch: int | None = None,
 ) -> Tensor:
     """Integrate the probability-flow ODE from noise to data.
 
@@ -68,14 +67,22 @@ def sample(
             0 or above; ``schedule.grid(K)`` gives one. Not for ``dopri5``, which
             runs from ``t_max`` to ``t_min`` and from there by one Euler step to 0.
         clock: Instead of a grid: each sample's own times, see `artlib.clocks`; with
-            ``"euler"`` or ``"heun"``. The callback then gets the mean time.
-        solver: A key of `SOLVERS`.
+            ``"euler"``, ``"heun"`` or a step. The callback then gets the mean time.
+        solver: A key of `SOLVERS`, or a step of your own: a callable ``step(flow, x,
+            t, s)`` that takes states x from process time t down to s > 0 (0-d float64
+            tensors; columns [n, 1, ..., 1] with a clock) and returns them. It is not
+            asked for the step to 0, and sees nothing of the step before, so no
+            multistep method can be passed so.
         rtol: Relative tolerance of ``dopri5``; no other solver uses it.
         atol: Absolute tolerance of ``dopri5``, in units of the state.
         callback: Called as ``callback(k, t_k, x_k)`` at every node k = 0 ... K (for
             ``dopri5`` at every accepted one) with the time as a float and the state
             there. The state must not be changed in place; whoever keeps it, pays for
             its memory.
+        batch: Samples computed together, which bounds the memory; by default all.
+            Only ``dopri5``, whose samples share their steps, feels it, within its
+            tolerance. Conditions go with their samples (`ProbabilityFlow.rows`). Not
+            with a callback, which is shown the states of all samples.
 
     Returns:
         States at the last node, [n, *sample_shape], in the dtype of ``x_T`` for
@@ -83,8 +90,8 @@ def sample(
         many small steps still holds. ``dopri5`` returns float64 always.
 
     Raises:
-        TypeError: If ``flow`` is no flow, or ``x_T``, ``grid`` or ``clock`` of the
-            wrong type.
+        TypeError: If ``flow`` is no flow, or ``x_T``, ``grid``, ``clock`` or
+            ``solver`` of the wrong type, or a step returns no tensor.
         ValueError: If ``solver`` is unknown, an argument is out of its range or not
             finite, the denoiser changes the shape of its input, or the state became
             NaN or infinite on the way (the message says at which step), or a clock
@@ -95,11 +102,25 @@ def sample(
         Lu et al., DPM-Solver++, https://arxiv.org/abs/2211.01095, algorithm 2;
         Karras et al., https://arxiv.org/abs/2206.00364, algorithm 1 (Heun).
     """
-    kind = _solver(solver)
+    kind = solver_of(solver, adaptive=True)
     _check_flow(flow)
     x_T = check_samples(x_T, "x_T").detach()
     if x_T.dtype not in (torch.float32, torch.float64):
         x_T = x_T.float()
+    if batch is not None:
+        if callback is not None:
+            raise ValueError(
+                "callback: it is shown the states of all samples, which a batch of "
+                "them is not; pass either a callback or a batch"
+            )
+        options: dict[str, Any] = {
+            "clock": clock,
+            "solver": solver,
+            "rtol": rtol,
+            "atol": atol,
+        }
+        parts = in_batches(flow, [x_T], positive_int(batch, "batch"))
+        return torch.cat([sample(part, x, grid, **options) for part, (x,) in parts])
     if clock is not None:
         if grid is not None:
             raise ValueError("clock: pass either a grid or a clock, not both")
@@ -108,8 +129,8 @@ def sample(
     if kind.adaptive:
         if grid is not None:
             raise ValueError(
-                f"grid: {solver} chooses its own steps, so pass no grid; a grid goes "
-                f"with one of {', '.join(_fixed())}"
+                f"grid: {kind.name} chooses its own steps, so pass no grid; a grid "
+                f"goes with one of {', '.join(_fixed())}"
             )
         tolerances = (
             finite_float(rtol, "rtol", positive=True),
@@ -119,8 +140,8 @@ def sample(
             return integrate_adaptive(flow, x_T.double(), *tolerances, callback)
     if grid is None:
         raise ValueError(
-            f"grid: {solver} needs K + 1 timesteps, got None; pass schedule.grid(K), "
-            'or solver="dopri5" for a reference without a grid'
+            f"grid: {kind.name} needs K + 1 timesteps, got None; pass "
+            'schedule.grid(K), or solver="dopri5" for a reference without a grid'
         )
     nodes = as_grid(grid, "grid")
     t_max = float(flow.process.t_max)
@@ -133,40 +154,56 @@ def sample(
         return integrate(flow, x_T, nodes, solver, callback)
 
 
-def nfe(grid: GridLike, *, solver: str = "euler") -> int:
+def nfe(grid: GridLike, *, solver: str | Step = "euler") -> int:
     """Network evaluations that a solver makes on a grid.
 
     With K steps and s evaluations per step: K s, less s - 1 where the last node is 0,
     because the step to 0 is an Euler step. So Euler K, Heun 2K - 1, RK4 4K - 3,
     DPM-Solver++(2M) K. The solver's evaluations, counted by `CountNFE`, are as many.
 
+    A step of one's own says by an attribute ``evaluations`` how many it makes; without
+    it they are counted in one step on a small Gaussian.
+
     Args:
         grid: K + 1 strictly descending times.
-        solver: A key of `SOLVERS`, except ``dopri5``.
+        solver: A key of `SOLVERS`, except ``dopri5``, or a step as in `sample`.
 
     Returns:
         The number of evaluations; one call on a batch is one evaluation.
 
     Raises:
-        ValueError: If the solver is unknown or adaptive, or the grid is not a grid.
+        TypeError: If ``solver`` is neither a name nor a step.
+        ValueError: If the solver is unknown or adaptive, or the grid is not a grid, or
+            a step without ``evaluations`` fails on the Gaussian or evaluates nothing.
     """
-    kind = _solver(solver)
+    kind = solver_of(solver, adaptive=True)
     if kind.adaptive:
         raise ValueError(
-            f"solver: {solver} is adaptive, its NFE is not known in advance; wrap the "
-            "denoiser in CountNFE and read .nfe after the run"
+            f"solver: {kind.name} is adaptive, its NFE is not known in advance; wrap "
+            "the denoiser in CountNFE and read .nfe after the run"
         )
     nodes = as_grid(grid, "grid")
-    saved = kind.evaluations - 1 if float(nodes[-1]) == 0 else 0
-    return (nodes.numel() - 1) * kind.evaluations - saved
+    each = kind.evaluations or _counted(kind)
+    saved = each - 1 if float(nodes[-1]) == 0 else 0
+    return (nodes.numel() - 1) * each - saved
 
 
-def _solver(name: str) -> Solver:
-    if name not in SOLVERS:
+def _counted(kind: Solver) -> int:
+    """Evaluations of one step of a callable, on N(0, 1) in two dimensions."""
+    counter = CountNFE(lambda x, t: x / (1 + t**2))
+    one = torch.ones(1, 2, dtype=torch.float64)
+    remedy = "set its attribute evaluations to the network evaluations of a step"
+    assert kind.step is not None
+    try:
+        sample(ProbabilityFlow(VE(), counter), one, [2.0, 1.0], solver=kind.step)
+    except Exception as error:
         raise ValueError(
-            f"solver: unknown {name!r}; the solvers are {', '.join(SOLVERS)}"
-        )
-    return SOLVERS[name]
+            f"solver: its evaluations could not be counted, for its step failed on a "
+            f"Gaussian ({error}); {remedy}"
+        ) from error
+    if not counter.nfe:
+        raise ValueError(f"solver: its step evaluates no network; {remedy}")
+    return counter.nfe
 
 
 def _fixed() -> list[str]:
