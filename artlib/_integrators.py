@@ -1,7 +1,8 @@
 r"""How the solvers take their steps: the loops behind `artlib.sample`.
 
-Euler, Heun and RK4 go through torchdiffeq on the given grid, dopri5 is its adaptive
-one, DPM-Solver++(2M) is written out here.
+Euler, Heun and RK4 step through the given grid, dopri5 is torchdiffeq's, and
+DPM-Solver++(2M) is written out here. Grids stay on the CPU, whatever the state's
+device: a 0-d tensor there is a scalar to every device, and nothing waits for it.
 
 **DPM-Solver++(2M).** With :math:`\lambda = \log(\alpha/\sigma)`, half the log-SNR, the
 ODE is linear in x and driven by D alone. A step from s to t with D frozen,
@@ -27,9 +28,10 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
-from ._precision import full_precision
+from ._adaptive import MAX_TRIALS, Guarded, dopri5, not_finite
+from ._precision import as_double, full_precision, holds_double
+from ._runge_kutta import STEPS
 from ._solver_choice import Solver, Step, solver_of, take_step
 from .flow import ProbabilityFlow
 
@@ -37,8 +39,7 @@ StepCallback: TypeAlias = Callable[[int, float, Tensor], object]
 """Called as ``callback(step, t, x)``; what it returns is ignored."""
 
 
-# Trial steps after which dopri5 gives up: a smooth flow takes a few hundred.
-_MAX_TRIALS = 100_000
+_MAX_TRIALS = MAX_TRIALS
 
 
 def integrate(
@@ -93,14 +94,14 @@ class _Run:
         callback: StepCallback | None,
     ) -> None:
         self.flow = flow
-        self.nodes = nodes
-        self.on_device = nodes.to(x.device)
-        self.times: list[float] = nodes.tolist()
+        self.nodes = nodes.cpu()
+        self.times: list[float] = self.nodes.tolist()
         self.steps = len(self.times) - 1
         self.ends_at_zero = self.times[-1] == 0
         self.callback = callback
         self.node = 0
-        self.sums = torch.zeros(self.steps + 1, dtype=torch.float64, device=x.device)
+        wide = torch.float64 if holds_double(x.device) else torch.float32
+        self.sums = torch.zeros(self.steps + 1, dtype=wide, device=x.device)
 
     def visit(self, x: Tensor) -> None:
         """Record the state at the next node and hand it to the callback."""
@@ -115,57 +116,21 @@ class _Run:
             return
         k = int((~finite).nonzero()[0])
         start = self.times[max(k - 1, 0)]
-        raise _not_finite(f"at step {k} of {self.steps}, from t = {start:.6g}")
-
-
-def _not_finite(where: str) -> ValueError:
-    return ValueError(
-        f"the state became NaN or infinite {where}; check that the denoiser is finite "
-        "there (half precision overflows at large noise), or use a finer grid"
-    )
-
-
-class _GridVelocity:
-    """The velocity as torchdiffeq calls it, at the grid's own float64 times.
-
-    torchdiffeq rounds the time to the dtype of the state before each call. A method
-    visits the same fractions of every step, so the exact times are known in advance
-    and are handed out in their order instead.
-    """
-
-    def __init__(self, run: _Run, stages: tuple[float, ...], steps: int) -> None:
-        self.run = run
-        start, end = run.on_device[:steps], run.on_device[1 : steps + 1]
-        columns = [end if c == 1 else start + (end - start) * c for c in stages]
-        self.times = iter(torch.stack(columns, dim=1).flatten().unbind())
-
-    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        return self.run.flow.velocity(x, next(self.times))
-
-    def callback_step(self, t: Tensor, x: Tensor, dt: Tensor) -> None:
-        self.run.visit(x)
+        raise not_finite(f"at step {k} of {self.steps}, from t = {start:.6g}")
 
 
 def _one_step_methods(run: _Run, x: Tensor, kind: Solver) -> Tensor:
-    """Euler, Heun and RK4 through torchdiffeq, then the Euler step to 0."""
-    steps = run.steps - 1 if run.ends_at_zero else run.steps
-    if steps:
-        times = run.on_device[: steps + 1]
-        # Two output times and the grid as an option: all K + 1 states would be stored
-        # if the grid were the output times.
-        x = odeint(
-            _GridVelocity(run, kind.stages, steps),
-            x,
-            times[[0, -1]],
-            method=kind.method,
-            options={"grid_constructor": lambda *_: times},
-        )[-1]
+    """Euler, Heun and RK4, then the Euler step to 0."""
+    times = run.nodes.unbind()
+    for t, s in pairwise(times[:-1] if run.ends_at_zero else times):
+        run.visit(x)
+        x = STEPS[kind.method](run.flow.velocity, x, t, s)
     return _to_zero(run, x)
 
 
 def _own_steps(run: _Run, x: Tensor, step: Step) -> Tensor:
     """A callable from node to node, then the Euler step to 0."""
-    times = run.on_device.unbind()
+    times = run.nodes.unbind()
     for t, s in pairwise(times[:-1] if run.ends_at_zero else times):
         run.visit(x)
         x = take_step(step, run.flow, x, t, s)
@@ -174,17 +139,16 @@ def _own_steps(run: _Run, x: Tensor, step: Step) -> Tensor:
 
 def _to_zero(run: _Run, x: Tensor) -> Tensor:
     """The Euler step to 0, if that is where the grid ends."""
+    times = run.nodes.unbind()
     if run.ends_at_zero:
         run.visit(x)
-        t = run.on_device[-2]
-        x = x + (run.on_device[-1] - t) * run.flow.velocity(x, t)
+        x = STEPS["euler"](run.flow.velocity, x, *times[-2:])
     return x
 
 
 def _multistep(run: _Run, x: Tensor) -> Tensor:
     """DPM-Solver++(2M); see the module's docstring."""
-    # Coefficients are 0-d tensors on the CPU: scalars to every device, free of waiting.
-    nodes = run.nodes.cpu()
+    nodes = run.nodes
     process = run.flow.process
     alpha, sigma = process.alpha(nodes), process.sigma(nodes)
     shrink = sigma[1:] / sigma[:-1]
@@ -195,7 +159,7 @@ def _multistep(run: _Run, x: Tensor) -> Tensor:
     last = run.steps - 1 if run.ends_at_zero else run.steps
     lengths = torch.diff(process.log_snr(nodes[first : last + 1]))
     ratio = (lengths[1:] / (2 * lengths[:-1])).unbind()
-    times = run.on_device.unbind()
+    times = nodes.unbind()
     previous: Tensor | None = None
     for k, (a, b) in enumerate(zip(shrink.unbind(), gain.unbind(), strict=True)):
         run.visit(x)
@@ -208,35 +172,6 @@ def _multistep(run: _Run, x: Tensor) -> Tensor:
     return x
 
 
-class _AdaptiveVelocity:
-    """The velocity as dopri5 calls it: every value checked, every node reported.
-
-    The solver waits for the device at each step anyway, and a NaN would send it into
-    ever smaller steps.
-    """
-
-    def __init__(self, flow: ProbabilityFlow, callback: StepCallback | None) -> None:
-        self.flow = flow
-        self.callback = callback
-        self.accepted = 0
-
-    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        v = self.flow.velocity(x, t)
-        if not bool(torch.isfinite(v).all()):
-            raise _not_finite(
-                f"in step {self.accepted} of dopri5, at t = {float(t):.6g}"
-            )
-        return v
-
-    def callback_accept_step(self, t: Tensor, x: Tensor, dt: Tensor) -> None:
-        self.visit(float(t), x)
-
-    def visit(self, t: float, x: Tensor) -> None:
-        if self.callback is not None:
-            self.callback(self.accepted, t, x)
-        self.accepted += 1
-
-
 @full_precision()
 def integrate_adaptive(
     flow: ProbabilityFlow,
@@ -246,34 +181,20 @@ def integrate_adaptive(
     callback: StepCallback | None,
 ) -> Tensor:
     """dopri5 from t_max to t_min, then one Euler step to 0, in float64."""
-    start, end = float(flow.process.t_max), float(flow.process.t_min)
-    times = torch.tensor([start, end], dtype=torch.float64, device=x.device)
-    velocity = _AdaptiveVelocity(flow, callback)
-    try:
-        x = odeint(
-            velocity,
-            x,
-            times,
-            rtol=rtol,
-            atol=atol,
-            method="dopri5",
-            options={
-                # The last step must not reach past t_min, where t could turn negative;
-                # nor must the trial that chooses a first step, hence a given one.
-                "step_t": times[-1:],
-                "first_step": 1e-3 * (start - end),
-                "max_num_steps": _MAX_TRIALS,
-            },
-        )[-1]
-    except AssertionError as error:  # torchdiffeq's way to say that it is stuck
-        if not str(error).startswith(("underflow in dt", "max_num_steps")):
-            raise  # the network's own
-        raise RuntimeError(
-            f"dopri5 cannot reach rtol = {rtol:g}, atol = {atol:g} ({error}); raise "
-            "the tolerances (a float32 network is rough below 1e-6), or integrate with "
-            'solver="rk4" on a fine grid'
-        ) from error
-    velocity.visit(end, x)
+    nodes = flow.process.t_max, flow.process.t_min
+    x = as_double(x, "x_T")
+    times = torch.tensor(nodes, dtype=torch.float64, device=x.device)
+    accepted = 0
+
+    def visit(t: float, x: Tensor) -> None:
+        nonlocal accepted
+        if callback is not None:
+            callback(accepted, t, x)
+        accepted += 1
+
+    velocity = Guarded(lambda t, x: flow.velocity(x, t), float, visit)
+    x = dopri5(velocity, x, times, rtol=rtol, atol=atol, trials=_MAX_TRIALS)[-1]
+    visit(float(nodes[1]), x)
     x = x - times[-1] * velocity(times[-1], x)
-    velocity.visit(0.0, x)
+    visit(0.0, x)
     return x

@@ -7,15 +7,19 @@ several decades, and never beyond the last time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast, runtime_checkable
+from itertools import pairwise
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
+from ._adaptive import Guarded, dopri5
 from ._checks import as_grid, finite_float, require_finite
+from ._precision import as_double
+from ._runge_kutta import STEPS
 from ._types import TimeLike
 from .processes import Process
 
@@ -65,13 +69,16 @@ def integrate(
         rtol: Relative (and absolute) tolerance of dopri5.
 
     Raises:
+        TypeError: If ``x_T`` is on a device without float64.
         ValueError: If the method is unknown, the times are out of their range, or a
             state becomes non-finite.
+        RuntimeError: If dopri5 cannot reach its tolerance.
     """
     if method not in (*_FIXED_STEP, "dopri5"):
         raise ValueError(f"method: expected 'heun', 'rk4' or 'dopri5', got {method!r}")
-    x_T = x_T.double()
-    times = as_grid(times, "times").to(x_T.device)
+    x_T = as_double(x_T, "x_T")
+    # Times stay on the CPU, so that no step waits for the device.
+    times = as_grid(times, "times")
     if not (float(times[-1]) > 0 and float(times[0]) <= flow.process.t_max):
         raise ValueError(
             f"times: expected a range within (0, t_max = {flow.process.t_max}], got "
@@ -79,7 +86,7 @@ def integrate(
             "defined at t = 0"
         )
     with torch.no_grad():
-        known: dict[float, Tensor] = {}
+        known: dict[int, Tensor] = {}
         if method == "dopri5":
             states = _adaptive(
                 flow, x_T, times, finite_float(rtol, "rtol", positive=True)
@@ -94,34 +101,32 @@ def integrate(
         )
         denoised = torch.stack(
             [
-                known[float(t)] if float(t) in known else flow.denoise(x, t)
-                for t, x in zip(times, states, strict=True)
+                known[k] if k in known else flow.denoise(x, t)
+                for k, (t, x) in enumerate(zip(times, states, strict=True))
             ]
         )
         require_finite(denoised, "denoiser", "check it near t_min")
-        column = times.reshape(-1, *[1] * (states.ndim - 1))
+        there = times.to(x_T.device)
+        column = there.reshape(-1, *[1] * (states.ndim - 1))
         velocities = flow.velocity_from(denoised, states, column)
-    return Trajectory(times, states, denoised, velocities)
+    return Trajectory(there, states, denoised, velocities)
 
 
 def _fixed_step(
-    flow: _Flow, x_T: Tensor, times: Tensor, method: str, known: dict[float, Tensor]
+    flow: _Flow, x: Tensor, times: Tensor, method: str, known: dict[int, Tensor]
 ) -> Tensor:
     """States [n, N, *shape]; leaves D at all nodes but the last in ``known``."""
-    nodes = set(times.tolist())
+    states = [x]
 
-    def velocity(t: Tensor, x: Tensor) -> Tensor:
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
         denoised = flow.denoise(x, t)
-        time = float(t)
-        if time in nodes:
-            # The first stage of a step comes after the last stage of the one before,
-            # so what stays is D at the node's own state.
-            known[time] = denoised
+        # The first stage of a step is at its node.
+        known.setdefault(len(states) - 1, denoised)
         return flow.velocity_from(denoised, x, t)
 
-    states = cast(Tensor, odeint(velocity, x_T, times, method=method))
-    known.pop(float(times[-1]), None)  # no step starts there
-    return states
+    for t, s in pairwise(times.unbind()):
+        states.append(STEPS[method](velocity, states[-1], t, s))
+    return torch.stack(states)
 
 
 def _adaptive(flow: _Flow, x_T: Tensor, times: Tensor, rtol: float) -> Tensor:
@@ -131,14 +136,5 @@ def _adaptive(flow: _Flow, x_T: Tensor, times: Tensor, rtol: float) -> Tensor:
         t = log_t.exp()
         return t * flow.velocity(x, t)
 
-    log_times = times.log()
-    # Left alone, the solver steps past the end and interpolates back, and tries out a
-    # first step that may lie beyond it too: a network may never have seen that.
-    options = {
-        "step_t": log_times[-1:],
-        "first_step": 1e-3 * float(log_times[0] - log_times[-1]),
-    }
-    states = odeint(
-        velocity, x_T, log_times, method="dopri5", rtol=rtol, atol=rtol, options=options
-    )
-    return cast(Tensor, states)
+    log_times = times.log().to(x_T.device)
+    return dopri5(Guarded(velocity, math.exp), x_T, log_times, rtol=rtol, atol=rtol)

@@ -13,24 +13,29 @@ With :math:`x = \alpha x_0 + \sigma\epsilon`, every common output is linear in D
 with :math:`v = \dot\alpha x_0 + \dot\sigma\epsilon` and
 :math:`w = \sigma\dot\alpha - \alpha\dot\sigma`.
 
-A denoiser is any callable ``D(x, t)``; these functions return one. Only the network
-works in its own dtype; the sums are done in that of the state. At small noise x and D
-agree in all the digits that half precision has, and their difference is what counts.
+A denoiser is any callable ``D(x, t)``; these functions return one, that can be copied
+and pickled if the network can. Only the network works in its own dtype; the sums are
+done in that of the state, in float32 at least. At small noise x and D agree in all the
+digits that half precision has, and their difference is what counts.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ._ask import Ask, exact_time, network_dtypes, unwrap
 from ._checks import finite_float
+from ._precision import at_least_single
 from ._rows import Part, Rows, rows_of
 from ._types import DenoiserFn
-from .processes import Process, as_time
+from .processes import Process
 
 Prediction = Callable[[Tensor, Tensor], Tensor]
 """A network's raw call ``net(x, t)``."""
@@ -43,7 +48,8 @@ class Denoiser(nn.Module):
     """A network's output turned into a denoiser ``D(x, t)``.
 
     It is an ``nn.Module``, so ``.to(device)`` and ``.eval()`` reach the network, which
-    is called in the dtype of its parameters; the result has the dtype of ``x``.
+    is called in the dtype of its parameters and is told the time in float32 at least;
+    the result has the dtype of ``x``.
 
     Args:
         network: The raw network, ``network(x, t)``.
@@ -73,10 +79,15 @@ class Denoiser(nn.Module):
         self.network = network
         self.process = process
         self._convert = convert
+        self._ask_network = Ask()
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Denoise: x [n, *shape] at time t -> [n, *shape]."""
-        return self._convert(x, self._predict, t)
+        wide = x.to(at_least_single(x.dtype))
+        predict = self._predict
+        if wide.dtype != x.dtype and not network_dtypes(self.network):
+            predict = partial(self._narrow, x.dtype)
+        return self._convert(wide, predict, t).to(x.dtype)
 
     def rows(self, index: Rows, count: int) -> DenoiserFn:
         """The same denoiser for some of the samples; the network is shared.
@@ -100,40 +111,102 @@ class Denoiser(nn.Module):
         return twin
 
     def _predict(self, x: Tensor, t: Tensor) -> Tensor:
-        dtype = network_dtype(self.network) or x.dtype
-        return self.network(x.to(dtype), t.to(dtype)).to(x.dtype)
+        dtypes = network_dtypes(self.network) or [x.dtype]
+        return self._ask_network(self.network, x, t, dtypes).to(x.dtype)
+
+    def _narrow(self, dtype: torch.dtype, x: Tensor, t: Tensor) -> Tensor:
+        """Of a network whose dtype cannot be seen, the answer in that of the state."""
+        return self._predict(x.to(dtype), t).to(x.dtype)
 
 
 def network_dtype(denoiser: Callable[..., Tensor]) -> torch.dtype | None:
-    """The dtype of a network's first parameter, also behind a `CountNFE`.
+    """The dtype that a network computes in, also behind a `CountNFE` or a wrapper.
+
+    That of its parameters; where they differ, the one that the network itself declares
+    (``network.dtype``), else that of most of its weights. What weights are only stored
+    in, float8 or integers, is no dtype to compute in.
 
     Returns:
         The dtype, or None where there is no parameter.
     """
-    for layer in _unwrap(denoiser):
-        if isinstance(layer, nn.Module):
-            for parameter in layer.parameters():
-                if parameter.is_floating_point():
-                    return parameter.dtype
-    return None
+    return next(iter(network_dtypes(denoiser)), None)
 
 
 def casts_itself(denoiser: DenoiserFn) -> bool:
     """Whether a denoiser takes care of its network's dtype, as a `Denoiser` does."""
-    return any(isinstance(layer, Denoiser) for layer in _unwrap(denoiser))
+    return any(isinstance(layer, Denoiser) for layer in unwrap(denoiser))
 
 
-def _unwrap(denoiser: Callable[..., Tensor]) -> list[Callable[..., Tensor]]:
-    """A callable and all that it wraps as its ``denoiser``, from outside in."""
-    layers = [denoiser]
-    while callable(inner := getattr(layers[-1], "denoiser", None)):
-        layers.append(inner)
-    return layers
+def uncounted(denoiser: DenoiserFn) -> DenoiserFn:
+    """What is inside of the counters around a denoiser."""
+    while isinstance(denoiser, CountNFE):
+        denoiser = denoiser.denoiser
+    return denoiser
 
 
 def _coefficient(value: Tensor, x: Tensor) -> Tensor:
     """A process coefficient, computed in float64, in the dtype of the state."""
-    return value.to(dtype=x.dtype, device=x.device)
+    # In this order: the device may have no float64.
+    return value.to(x.dtype).to(x.device)
+
+
+@dataclass(frozen=True)
+class _FromEpsilon:
+    process: Process
+
+    def __call__(self, x: Tensor, net: Prediction, t: Tensor) -> Tensor:
+        s = exact_time(t, x)
+        alpha, sigma = (
+            _coefficient(c, x) for c in (self.process.alpha(s), self.process.sigma(s))
+        )
+        return (x - sigma * net(x, t)) / alpha
+
+
+@dataclass(frozen=True)
+class _FromScore:
+    process: Process
+
+    def __call__(self, x: Tensor, net: Prediction, t: Tensor) -> Tensor:
+        s = exact_time(t, x)
+        alpha, sigma = (
+            _coefficient(c, x) for c in (self.process.alpha(s), self.process.sigma(s))
+        )
+        return (x + sigma**2 * net(x, t)) / alpha
+
+
+@dataclass(frozen=True)
+class _FromVelocity:
+    process: Process
+
+    def __call__(self, x: Tensor, net: Prediction, t: Tensor) -> Tensor:
+        s, process = exact_time(t, x), self.process
+        sigma, sigma_dot = process.sigma(s), process.sigma_dot(s)
+        wronskian = sigma * process.alpha_dot(s) - process.alpha(s) * sigma_dot
+        on_v = _coefficient(sigma / wronskian, x)
+        on_x = _coefficient(sigma_dot / wronskian, x)
+        return on_v * net(x, t) - on_x * x
+
+
+def itself(x: Tensor, net: Prediction, t: Tensor) -> Tensor:
+    """Of a network that answers with the denoised sample."""
+    return net(x, t)
+
+
+@dataclass(frozen=True)
+class _FromEDM:
+    process: Process
+    sigma_data: float
+
+    def __call__(self, x: Tensor, net: Prediction, t: Tensor) -> Tensor:
+        s, process = exact_time(t, x), self.process
+        level = process.noise_level(s)
+        total = level**2 + self.sigma_data**2
+        skip = _coefficient(self.sigma_data**2 / total, x)
+        out = _coefficient(level * self.sigma_data / total.sqrt(), x)
+        scale = _coefficient(1 / total.sqrt(), x)
+        noise = _coefficient(level.log() / 4, x)
+        y = x / _coefficient(process.alpha(s), x)
+        return skip * y + out * net(scale * y, noise)
 
 
 def from_epsilon(process: Process, network: Prediction) -> Denoiser:
@@ -144,15 +217,7 @@ def from_epsilon(process: Process, network: Prediction) -> Denoiser:
             (`RectifiedFlow`) a noise prediction says nothing about x_0 there.
         network: ``network(x, t) -> epsilon``, same shape as ``x``.
     """
-
-    def convert(x: Tensor, net: Prediction, t: Tensor) -> Tensor:
-        s = as_time(t)
-        alpha, sigma = (
-            _coefficient(c, x) for c in (process.alpha(s), process.sigma(s))
-        )
-        return (x - sigma * net(x, t)) / alpha
-
-    return Denoiser(network, process, convert)
+    return Denoiser(network, process, _FromEpsilon(process))
 
 
 def from_score(process: Process, network: Prediction) -> Denoiser:
@@ -162,15 +227,7 @@ def from_score(process: Process, network: Prediction) -> Denoiser:
         process: The process it was trained under.
         network: ``network(x, t) -> score``, same shape as ``x``.
     """
-
-    def convert(x: Tensor, net: Prediction, t: Tensor) -> Tensor:
-        s = as_time(t)
-        alpha, sigma = (
-            _coefficient(c, x) for c in (process.alpha(s), process.sigma(s))
-        )
-        return (x + sigma**2 * net(x, t)) / alpha
-
-    return Denoiser(network, process, convert)
+    return Denoiser(network, process, _FromScore(process))
 
 
 def from_velocity(process: Process, network: Prediction) -> Denoiser:
@@ -184,16 +241,7 @@ def from_velocity(process: Process, network: Prediction) -> Denoiser:
         process: The process it was trained under.
         network: ``network(x, t) -> velocity``, same shape as ``x``.
     """
-
-    def convert(x: Tensor, net: Prediction, t: Tensor) -> Tensor:
-        s = as_time(t)
-        sigma, sigma_dot = process.sigma(s), process.sigma_dot(s)
-        wronskian = sigma * process.alpha_dot(s) - process.alpha(s) * sigma_dot
-        on_v = _coefficient(sigma / wronskian, x)
-        on_x = _coefficient(sigma_dot / wronskian, x)
-        return on_v * net(x, t) - on_x * x
-
-    return Denoiser(network, process, convert)
+    return Denoiser(network, process, _FromVelocity(process))
 
 
 def from_x0(process: Process, network: Prediction) -> Denoiser:
@@ -203,7 +251,7 @@ def from_x0(process: Process, network: Prediction) -> Denoiser:
         process: The process it was trained under.
         network: ``network(x, t) -> x0_hat``, same shape as ``x``.
     """
-    return Denoiser(network, process, lambda x, net, t: net(x, t))
+    return Denoiser(network, process, itself)
 
 
 def from_edm(
@@ -228,19 +276,7 @@ def from_edm(
         Karras et al., https://arxiv.org/abs/2206.00364, eq. (7) and Table 1.
     """
     sigma_data = finite_float(sigma_data, "sigma_data", positive=True)
-
-    def convert(x: Tensor, net: Prediction, t: Tensor) -> Tensor:
-        s = as_time(t)
-        level = process.noise_level(s)
-        total = level**2 + sigma_data**2
-        skip = _coefficient(sigma_data**2 / total, x)
-        out = _coefficient(level * sigma_data / total.sqrt(), x)
-        scale = _coefficient(1 / total.sqrt(), x)
-        noise = _coefficient(level.log() / 4, x)
-        y = x / _coefficient(process.alpha(s), x)
-        return skip * y + out * net(scale * y, noise)
-
-    return Denoiser(network, process, convert)
+    return Denoiser(network, process, _FromEDM(process, sigma_data))
 
 
 class CountNFE:

@@ -24,19 +24,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
+from ._ask import Ask, exact_time, network_dtypes
 from ._checks import check_samples
 from ._log_level import log_level, log_level_dot
 from ._path_derivative import Acceleration, PathDerivative, derivative_matrix
-from ._precision import full_precision
+from ._precision import at_least_single, full_precision
 from ._reference_path import Trajectory, integrate
+from ._repeatable import Doubts, repeatable
 from ._rows import Rows, rows_of
 from ._types import DenoiserFn, TimeLike
-from .denoisers import casts_itself, network_dtype
-from .processes import VE, Process, as_time
+from .denoisers import casts_itself, uncounted
+from .processes import VE, Process
+
+_FEW = 8
+"""Samples on which forward mode is held against the difference."""
 
 
 class ProbabilityFlow:
@@ -44,17 +50,20 @@ class ProbabilityFlow:
 
     Args:
         process: The noising process.
-        denoiser: Any callable ``D(x, t) -> x0_hat``. It gets ``x`` [N, *shape] in its
-            own dtype and ``t`` as a 0-d tensor, or [N, 1, ..., 1] for per-sample
-            times: both broadcast against ``x``.
-        acceleration: How :math:`\dot D` is taken. ``"jvp"``: forward mode, checked once
-            against a difference; ``"difference"``: no derivative of the network;
-            ``"auto"``: forward mode where it works, else the difference, with a
-            `ForwardModeWarning`. A network that rejects forward mode (attention
-            kernels) and one that silently drops it (a forward under
-            ``torch.inference_mode``) are both detected.
-        dtype: dtype in which the network is called; by default that of its first
-            parameter, and that of ``x`` where it has none.
+        denoiser: Any callable ``D(x, t) -> x0_hat``. It gets copies: ``x`` [N, *shape]
+            in its own dtype and ``t`` in float32 at least, as a 0-d tensor, or
+            [N, 1, ..., 1] for per-sample times: both broadcast against ``x``. A network
+            left in training mode, or any other that answers twice alike with two
+            answers, is reported by a ``UserWarning``.
+        acceleration: How :math:`\dot D` is taken. ``"jvp"``: forward mode, checked
+            against differences at several levels; ``"difference"``: no derivative of
+            the network; ``"auto"``: forward mode where it works, else the difference,
+            with a `ForwardModeWarning`. A network that rejects forward mode (attention
+            kernels), one that silently drops it (a forward under
+            ``torch.inference_mode``) and one that rounds its time to training steps,
+            of which forward mode sees the treads only, are detected.
+        dtype: dtype in which the network is called; by default the one that its
+            parameters show it to compute in, and that of ``x`` where it has none.
 
     Attributes:
         process: The noising process.
@@ -82,9 +91,11 @@ class ProbabilityFlow:
             )
         self.process = process
         self.denoiser = denoiser
-        self.dtype = dtype if dtype is not None else network_dtype(denoiser)
+        self._dtypes = [dtype] if dtype is not None else network_dtypes(denoiser)
+        self.dtype = next(iter(self._dtypes), None)
         # A `Denoiser` casts for its network and keeps its own sums in x's dtype.
         self._casts = dtype is not None or not casts_itself(denoiser)
+        self._ask, self._doubts = Ask(), Doubts()
         self._derivative = PathDerivative(acceleration, process.t_max, self.dtype)
 
     @property
@@ -122,6 +133,22 @@ class ProbabilityFlow:
         flow.denoiser = rows_of(self.denoiser, index, count)
         return flow
 
+    def watched(
+        self, x: Tensor, t: TimeLike | None = None, *, ask: bool = False
+    ) -> AbstractContextManager[None]:
+        """For a run of the flow: a warning if the denoiser is no function meanwhile.
+
+        That is one left in training mode, or one that draws random numbers. Samplers
+        and reference paths are watched already; this is for a loop of one's own.
+
+        Args:
+            x: States [N, *shape] at which it may be asked once more.
+            t: Their time, by default t_max.
+            ask: Ask it twice in any case, the first time.
+        """
+        time = self.process.t_max if t is None else t
+        return repeatable(self, self._doubts, x, time, ask=ask)
+
     def denoise(self, x: Tensor, t: TimeLike) -> Tensor:
         r"""The denoiser's answer in the dtype of ``x``.
 
@@ -133,12 +160,17 @@ class ProbabilityFlow:
             Denoised states [N, *shape].
 
         Raises:
-            TypeError: If the denoiser does not return a tensor.
-            ValueError: If it returns another shape.
+            TypeError: If the denoiser does not return a tensor, or computes in another
+                dtype than the one that it is called in.
+            ValueError: If it returns another shape, or takes one time per sample only.
         """
-        time = as_time(t, x.device)
-        dtype = (self.dtype if self._casts else None) or x.dtype
-        denoised = self.denoiser(x.to(dtype), time.to(dtype))
+        denoised = self._ask(
+            self.denoiser,
+            x,
+            exact_time(t, x),
+            (self._casts and self._dtypes) or [x.dtype],
+            trial=uncounted(self.denoiser),
+        )
         if not isinstance(denoised, Tensor):
             raise TypeError(
                 "denoiser: expected it to return a tensor, got "
@@ -150,7 +182,8 @@ class ProbabilityFlow:
                 f"{tuple(denoised.shape)}; a network that also predicts a variance "
                 "needs its output cut"
             )
-        return denoised.to(x.dtype)
+        # A copy: a network may write its next answer over this one.
+        return denoised.to(x.dtype, copy=True)
 
     def velocity(self, x: Tensor, t: TimeLike) -> Tensor:
         r"""Velocity dx/dt of the flow in process time.
@@ -169,12 +202,13 @@ class ProbabilityFlow:
 
     def velocity_from(self, denoised: Tensor, x: Tensor, t: TimeLike) -> Tensor:
         """The velocity at (x, t) where D(x, t) [N, *shape] is known already."""
-        s = as_time(t, x.device)
+        s = exact_time(t, x)
         p = self.process
         ratio = p.sigma_dot(s) / p.sigma(s)
-        on_x = ratio.to(x.dtype)
-        on_d = (p.alpha_dot(s) - p.alpha(s) * ratio).to(x.dtype)
-        return on_x * x + on_d * denoised
+        wide = at_least_single(x.dtype)
+        on_x = _scale(ratio, x)
+        on_d = _scale(p.alpha_dot(s) - p.alpha(s) * ratio, x)
+        return (on_x * x.to(wide) + on_d * denoised.to(wide)).to(x.dtype)
 
     @full_precision()
     def acceleration(self, x: Tensor, t: TimeLike) -> Tensor:
@@ -193,9 +227,13 @@ class ProbabilityFlow:
         """
         # A JVP under inference mode is silently zero; clones made outside it are
         # ordinary tensors again.
-        with torch.inference_mode(False), torch.no_grad():
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            self.watched(x, t),
+        ):
             x = x.clone() if x.is_inference() else x.detach()
-            s = as_time(t, x.device)
+            s = exact_time(t, x)
             s = s.clone() if s.is_inference() else s.detach()
             denoised = self.denoise(x, s)
             velocity = self.velocity_from(denoised, x, s)
@@ -213,18 +251,22 @@ class ProbabilityFlow:
             denoised: D(x, t) [N, *shape].
             rate: :math:`\dot D` [N, *shape].
         """
-        s = as_time(t, x.device)
+        s = exact_time(t, x)
         p = self.process
         alpha, sigma = p.alpha(s), p.sigma(s)
-        on_noise = (p.sigma_ddot(s) / sigma).to(x.dtype)
-        on_d = p.alpha_ddot(s).to(x.dtype)
-        on_rate = (p.alpha_dot(s) - alpha * p.sigma_dot(s) / sigma).to(x.dtype)
-        noise = x - alpha.to(x.dtype) * denoised
-        return on_d * denoised + on_noise * noise + on_rate * rate
+        on_noise = _scale(p.sigma_ddot(s) / sigma, x)
+        on_d = _scale(p.alpha_ddot(s), x)
+        on_rate = _scale(p.alpha_dot(s) - alpha * p.sigma_dot(s) / sigma, x)
+        wide = at_least_single(x.dtype)
+        y, clean = x.to(wide), denoised.to(wide)
+        noise = y - _scale(alpha, x) * clean
+        q = on_d * clean + on_noise * noise + on_rate * rate.to(wide)
+        return q.to(x.dtype)
 
     def stiffness(self, x: Tensor, t: TimeLike) -> Tensor:
-        """Euclidean norm |Q| per sample, [N]; see `acceleration`."""
-        return self.acceleration(x, t).flatten(1).norm(dim=1)
+        """Norm |Q| per sample, [N], in float32 at least; see `acceleration`."""
+        wide = x.to(at_least_single(x.dtype))
+        return self.acceleration(wide, t).flatten(1).norm(dim=1)
 
     @full_precision()
     def trajectory(
@@ -240,7 +282,7 @@ class ProbabilityFlow:
         Args:
             x_T: States at ``times[0]``, [N, *shape].
             times: Descending process times [n] in (0, t_max].
-            method: ``"heun"`` or ``"rk4"`` (torchdiffeq's 3/8 rule), one step between
+            method: ``"heun"`` or ``"rk4"`` (Kutta's 3/8 rule), one step between
                 neighbouring times, or ``"dopri5"``.
             rtol: Relative (and absolute) tolerance of dopri5.
 
@@ -248,17 +290,22 @@ class ProbabilityFlow:
             A `Trajectory`; no graph is kept.
 
         Raises:
+            TypeError: If ``x_T`` is on a device without float64.
             ValueError: If the method is unknown, the times are out of their range, or
                 a state becomes non-finite.
+            RuntimeError: If dopri5 cannot reach its tolerance.
         """
-        return integrate(self, check_samples(x_T), times, method, rtol)
+        x_T = check_samples(x_T)
+        with self.watched(x_T, ask=True):
+            return integrate(self, x_T, times, method, rtol)
 
     @full_precision()
     def path_stiffness(self, path: Trajectory) -> Tensor:
         r"""|Q| at every node of reference paths, by the method in force.
 
         With the difference, :math:`\dot D` is a five-point derivative of the denoised
-        states in `log_level`: no evaluation beyond those of the path.
+        states in `log_level`: no evaluation beyond those of the path. Forward mode is
+        held against it, where the table is fine enough for that.
 
         Args:
             path: From `trajectory`, with at least five times.
@@ -269,19 +316,32 @@ class ProbabilityFlow:
         with torch.inference_mode(False), torch.no_grad():
             column = path.times.reshape(-1, *[1] * (path.states.ndim - 1))
             rate = self._forward_rates(path)
+            if rate is not None and self._derivative.contradicted(
+                rate, lambda points: self._difference_rates(path, points, few=True)
+            ):
+                rate = None
             if rate is None:
-                level = log_level(self.process, path.times)
-                weights = derivative_matrix(level).to(path.states)
-                flat = path.denoised.reshape(len(level), -1)
-                rate = (weights @ flat).reshape(path.states.shape)
-                rate = rate * log_level_dot(self.process, column)
+                rate = self._difference_rates(path, 5)
             q = self.acceleration_from(path.states, column, path.denoised, rate)
             return q.flatten(2).norm(dim=2).T.contiguous()
+
+    def _difference_rates(
+        self, path: Trajectory, points: int, *, few: bool = False
+    ) -> Tensor:
+        """Derivatives of D at all nodes from a stencil of nodes; of a few samples."""
+        denoised = path.denoised[:, :_FEW] if few else path.denoised
+        times = path.times.cpu()
+        weights = derivative_matrix(log_level(self.process, times), points)
+        flat = denoised.reshape(len(times), -1)
+        rate = (weights.to(flat) @ flat).reshape(denoised.shape)
+        column = path.times.reshape(-1, *[1] * (denoised.ndim - 1))
+        return rate * log_level_dot(self.process, column)
 
     def _forward_rates(self, path: Trajectory) -> Tensor | None:
         """JVPs at all nodes, or None where the difference is to be used."""
         rows = []
-        for t, x, v in zip(path.times, path.states, path.velocities, strict=True):
+        times = path.times.cpu()
+        for t, x, v in zip(times, path.states, path.velocities, strict=True):
             row = self._derivative.forward(
                 self.denoise, x.clone(), t.clone(), v.clone()
             )
@@ -311,9 +371,10 @@ class ProbabilityFlow:
                 "use RectifiedFlow(t_max=0.999)"
             )
         flow = ProbabilityFlow(VE(sigma_min=low, sigma_max=high), _InVE(self))
+        flow._doubts = self._doubts
         # The conversion is done in the dtype of the state, but a difference has to
         # step as far as the rounding of the network asks for.
-        flow._derivative = PathDerivative(self.acceleration_method, high, self.dtype)
+        flow._derivative = self._derivative.for_range(high, self.dtype)
         return flow
 
 
@@ -325,9 +386,14 @@ class _InVE:
 
     def __call__(self, y: Tensor, level: Tensor) -> Tensor:
         process = self._flow.process
-        t = process.inverse_noise_level(level.double())
-        alpha = process.alpha(t).to(y.dtype)
-        return self._flow.denoise(alpha * y, t)
+        t = process.inverse_noise_level(exact_time(level, y))
+        return self._flow.denoise(_scale(process.alpha(t), y) * y, t)
 
     def rows(self, index: Rows, count: int) -> _InVE:
         return _InVE(self._flow.rows(index, count))
+
+
+def _scale(coefficient: Tensor, x: Tensor) -> Tensor:
+    """A coefficient, computed in float64, to multiply ``x`` by, in float32 at least."""
+    narrow = coefficient.to(at_least_single(x.dtype))
+    return narrow if narrow.ndim == 0 else narrow.to(x.device)

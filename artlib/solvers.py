@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ._checks import as_grid, check_samples, finite_float, positive_int
 from ._integrators import StepCallback, integrate, integrate_adaptive
+from ._precision import at_least_single
 from ._rows import in_batches
 from ._solver_choice import SOLVERS, Solver, Step, solver_of
 from .clocks import Clock, integrate_with
@@ -105,8 +106,7 @@ def sample(
     kind = solver_of(solver, adaptive=True)
     _check_flow(flow)
     x_T = check_samples(x_T, "x_T").detach()
-    if x_T.dtype not in (torch.float32, torch.float64):
-        x_T = x_T.float()
+    x_T = x_T.to(at_least_single(x_T.dtype))
     if batch is not None:
         if callback is not None:
             raise ValueError(
@@ -124,7 +124,7 @@ def sample(
     if clock is not None:
         if grid is not None:
             raise ValueError("clock: pass either a grid or a clock, not both")
-        with torch.no_grad():
+        with torch.no_grad(), flow.watched(x_T):
             return integrate_with(flow, x_T, clock, solver, callback)
     if kind.adaptive:
         if grid is not None:
@@ -136,8 +136,8 @@ def sample(
             finite_float(rtol, "rtol", positive=True),
             finite_float(atol, "atol", positive=True),
         )
-        with torch.no_grad():
-            return integrate_adaptive(flow, x_T.double(), *tolerances, callback)
+        with torch.no_grad(), flow.watched(x_T):
+            return integrate_adaptive(flow, x_T, *tolerances, callback)
     if grid is None:
         raise ValueError(
             f"grid: {kind.name} needs K + 1 timesteps, got None; pass "
@@ -150,7 +150,7 @@ def sample(
             f"grid: the first node is {float(nodes[0]):.6g}, expected at most t_max = "
             f"{t_max:.6g} of the flow's process; was the grid made for another process?"
         )
-    with torch.no_grad():
+    with torch.no_grad(), flow.watched(x_T):
         return integrate(flow, x_T, nodes, solver, callback)
 
 

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from ._checks import as_grid, check_samples, finite_float, generator, require_finite
 from ._integrators import integrate
+from ._precision import at_least_single, holds_double
 from ._types import SeedLike
 from .flow import ProbabilityFlow
 from .processes import VE, Process
@@ -73,7 +74,7 @@ def sample_stochastic(
     s_min: float = 0.0,
     s_max: float = math.inf,
     s_noise: float = 1.0,
-    seed: SeedLike = 0,
+    seed: SeedLike | None = None,
 ) -> Tensor:
     r"""Sample with fresh noise on the way.
 
@@ -88,10 +89,12 @@ def sample_stochastic(
         s_min: Least noise level at which churn acts.
         s_max: Largest such level.
         s_noise: Factor on the standard deviation of all fresh noise, > 0.
-        seed: A seed or a generator of the fresh noise.
+        seed: A seed or a generator of the fresh noise, which repeats it; by default
+            every call draws other noise, from the operating system's randomness.
 
     Returns:
-        States at the last node [N, *shape], in the dtype of ``x_T``.
+        States at the last node [N, *shape], in the dtype of ``x_T``; half precision is
+        raised to float32, as by `artlib.sample`.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -108,29 +111,35 @@ def sample_stochastic(
             "denoiser as ProbabilityFlow(process, denoiser)"
         )
     x = check_samples(x_T).detach()
+    x = x.to(at_least_single(x.dtype))
     process = flow.process
     nodes = as_grid(grid)
     plan = _plan(process, nodes, method, solver, eta, (churn, s_min, s_max), s_noise)
-    rng = generator(seed, x.device)
+    if seed is None:
+        rng = torch.Generator(x.device)
+        rng.seed()
+    else:
+        rng = generator(seed, x.device)
+    drawn_in = torch.float64 if holds_double(rng.device) else torch.float32
     plain = flow if isinstance(process, VE) else flow.to_ve()
-    y = x / process.alpha(nodes[0]).to(x)
+    y = x / process.alpha(nodes[0]).to(x.dtype)
 
     def add(y: Tensor, low: Tensor, high: Tensor) -> Tensor:
         if not bool(high > low):
             return y
-        noise = torch.randn(
-            y.shape, generator=rng, dtype=torch.float64, device=rng.device
-        )
-        return y + plan.scale * (high**2 - low**2).sqrt().to(y) * noise.to(y)
+        noise = torch.randn(y.shape, generator=rng, dtype=drawn_in, device=rng.device)
+        # To the dtype before the device, which may have no float64.
+        noise = noise.to(y.dtype).to(y.device)
+        return y + plan.scale * (high**2 - low**2).sqrt().to(y.dtype) * noise
 
-    with torch.no_grad():
+    with torch.no_grad(), flow.watched(x, nodes[0]):
         for k in range(len(plan.level)):
             y = add(y, plan.level[k], plan.raised[k])
             pair = torch.stack([plan.raised[k], plan.lowered[k]])
             y = integrate(plain, y, pair, plan.solver)
             y = add(y, plan.lowered[k], plan.next[k])
     require_finite(y, "sample_stochastic", "check the denoiser, or lower churn")
-    return y * process.alpha(nodes[-1]).to(y)
+    return y * process.alpha(nodes[-1]).to(y.dtype)
 
 
 def gaussian_stochastic_std(
@@ -182,7 +191,7 @@ def gaussian_stochastic_std(
     ve = VE(sigma_min=min(1e-3 * top, process.t_min), sigma_max=top)
     flow = ProbabilityFlow(ve, lambda y, s: lam / (lam + s.double() ** 2) * y)
     variance = lam + plan.level[0] ** 2
-    one = torch.ones(1, len(lam), dtype=torch.float64)
+    one = torch.ones(1, len(lam), dtype=torch.float64, device="cpu")
     with torch.no_grad():
         for k in range(len(plan.level)):
             low, high = plan.level[k], plan.raised[k]

@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._ask import exact_time
 from .._checks import finite_float
 from .._rows import Rows, take_rows
-from ..denoisers import Denoiser, network_dtype
-from ..processes import VE, as_time
+from ..denoisers import Denoiser, itself, network_dtype
+from ..processes import VE
 
 __all__ = ["EDMDenoiser", "denoiser"]
 
@@ -99,7 +100,8 @@ class EDMDenoiser(Denoiser):
                 )
         low = max(sigma_min, float(getattr(network, "sigma_min", 0.0)))
         high = min(sigma_max, float(getattr(network, "sigma_max", float("inf"))))
-        super().__init__(network, VE(low, high), lambda x, net, t: net(x, t))
+        # A copy's answers are its own: no closure over this one.
+        super().__init__(network, VE(low, high), itself)
         self.guide = guide
         self._factor = finite_float(guidance, "guidance")
         if self._factor != 1 and guide is None:
@@ -145,7 +147,7 @@ class EDMDenoiser(Denoiser):
 
     def _predict(self, x: Tensor, t: Tensor) -> Tensor:
         """The guided answer."""
-        sigma = as_time(t).reshape(-1)
+        sigma = exact_time(t, x).reshape(-1)
         denoised = self._ask(self.network, x, sigma)
         if self._factor == 1 or self.guide is None:
             return denoised
@@ -164,8 +166,9 @@ class EDMDenoiser(Denoiser):
             else:
                 labels = labels.to(x.device).expand(len(x), -1)
         dtype = network_dtype(network) or x.dtype
-        told = sigma.to(device=x.device, dtype=torch.float32).expand(len(x))
-        return network(x.to(dtype), told, labels).to(x.dtype)
+        told = sigma.to(torch.float32).to(x.device).repeat(len(x) // len(sigma))
+        # Copies: a network may scale its input, or its time, in place.
+        return network(x.to(dtype, copy=True), told, labels).to(x.dtype)
 
 
 def _wrong_number(labels: Tensor, count: int) -> ValueError:
