@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -140,7 +140,7 @@ class Process(ABC):
             TypeError: If the class has no name, or is no dataclass and has no
                 ``to_dict`` of its own.
         """
-        if not dataclasses.is_dataclass(self):
+        if not dataclasses.is_dataclass(type(self)):
             raise TypeError(
                 f"process: {type(self).__name__} is no dataclass, so its parameters "
                 "are not known; decorate it with @dataclass(frozen=True)"
@@ -150,7 +150,8 @@ class Process(ABC):
                 f"process: {type(self).__name__} has no name to be found by; give the "
                 'class one, name: ClassVar[str] = "..."'
             )
-        return {"name": self.name, **dataclasses.asdict(self)}
+        parameters: dict[str, Any] = dataclasses.asdict(cast(Any, self))
+        return {"name": self.name, **parameters}
 
     def __post_init__(self) -> None:
         """Make the fields plain numbers and check the range of times."""
@@ -163,9 +164,9 @@ class Process(ABC):
         which are equal hash alike and can be saved. A range that is no field, but a
         property or an attribute of the class, is only checked.
         """
-        fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        names = _fields(self)
         plain: dict[str, float] = {}
-        for name in (field.name for field in fields):
+        for name in names:
             value = getattr(self, name)
             if isinstance(value, Tensor | np.ndarray | np.generic):
                 plain[name] = finite_float(value, name)
@@ -177,6 +178,13 @@ class Process(ABC):
                 f"runs from {high} down"
             )
         ends = {low: t_min, high: t_max}
-        plain |= {f.name: ends[f.name] for f in fields if f.name in ends}
+        plain |= {name: ends[name] for name in names if name in ends}
         for name, number in plain.items():
             object.__setattr__(self, name, number)
+
+
+def _fields(process: Any) -> list[str]:
+    """Names of the fields of a process, none if it is no dataclass."""
+    if not dataclasses.is_dataclass(process):
+        return []
+    return [field.name for field in dataclasses.fields(process)]

@@ -38,7 +38,8 @@ from .processes import Process, as_time, check_process
 
 
 def _parameter(
-    value: Tensor | Sequence[float] | Sequence[Sequence[float]], name: str
+    value: Any,
+    name: str,
 ) -> tuple[Tensor, torch.dtype]:
     """A parameter in float64, and the dtype of the draws that it asks for.
 

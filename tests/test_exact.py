@@ -371,3 +371,67 @@ def test_a_bad_number_of_steps_or_seed_is_refused(bad: Any) -> None:
         artlib.oracle_grid(NARROW, [1.0], bad)
     with pytest.raises((ValueError, TypeError), match="seed"):
         artlib.oracle_grid(NARROW, [1.0], 2, seed=bad - 1)
+
+
+def test_a_list_of_variances_is_not_rounded(as_a_user: None) -> None:
+    # 0.1 in float32 is 0.1 (1 + 1.5e-8).
+    lam, grid = [0.1, 0.7], artlib.edm(NARROW).grid(5)
+    exact = torch.tensor(lam, dtype=torch.float64)
+    for form in (lam, tuple(lam), np.array(lam), np.array(lam)[::-1]):
+        found = artlib.gaussian_w2(NARROW, form, grid)
+        torch.testing.assert_close(
+            found, artlib.gaussian_w2(NARROW, exact, grid), rtol=1e-13, atol=0
+        )
+        assert not math.isclose(
+            float(found),
+            float(artlib.gaussian_w2(NARROW, exact.float(), grid)),
+            rel_tol=1e-10,
+        )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: artlib.gaussian_w2(NARROW, "1", [10.0, 0.0]), "variances: .*'1'"),
+        (lambda: artlib.gaussian_w2(NARROW, ["1"], [10.0, 0.0]), r"variances\[0\]"),
+        (lambda: artlib.gaussian_w2(NARROW, [1j], [10.0, 0.0]), r"variances\[0\]"),
+        (lambda: artlib.gaussian_w2(NARROW, [True], [10.0, 0.0]), r"variances\[0\]"),
+        (lambda: artlib.gaussian_w2(NARROW, None, [10.0, 0.0]), "variances: .*None"),
+        (lambda: artlib.gaussian_w2("ve", [1.0], [10.0, 0.0]), "process: expected"),
+        (lambda: artlib.gaussian_w2(NARROW, [1.0], "10"), "grid: expected"),
+        (
+            lambda: artlib.gaussian_w2(NARROW, [1.0], artlib.edm(NARROW)),
+            r"grid: .*call .grid\(K\)",
+        ),
+        (
+            lambda: artlib.gaussian_w2(NARROW, [1.0], [10.0, 0.0], solver=["euler"]),
+            "solver: expected one of",
+        ),
+        (lambda: artlib.oracle_grid(type(NARROW), [1.0], 1), "process: .*call it"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(call: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
+def test_the_oracle_does_not_follow_the_default_device_or_dtype() -> None:
+    def use() -> list[torch.Tensor]:
+        grid = artlib.edm(NARROW).grid(4)
+        return [
+            artlib.gaussian_output_std(NARROW, [0.1, 0.7], grid),
+            artlib.gaussian_w2(NARROW, [0.1, 0.7], grid, solver="heun"),
+            artlib.oracle_grid(NARROW, [0.1, 0.7], 2),
+        ]
+
+    expected = use()
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = use()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(found, expected, strict=True):
+        assert a.device.type == "cpu"
+        assert a.equal(b)

@@ -339,7 +339,52 @@ BAD = [
 ]
 
 
+BAD += [
+    (lambda bad=bad, f=f: f(bad), TypeError, rf"{name}(\[0\])?: expected .*, got")
+    for bad in ("12", [True, False], [1j, 0.0], None, torch.tensor([True]), [None])
+    for name, f in {
+        "a": lambda x: wasserstein2(x, [1.0]),
+        "b": lambda x: sliced_wasserstein2(normal(3, 2), x),
+        "samples": lambda x: wasserstein2_to_gaussian(x, 0.0, 1.0),
+        "mu_a": lambda x: frechet_distance(x, torch.eye(2), *GAUSSIAN),
+        "cov_b": lambda x: wasserstein2_gaussian(*GAUSSIAN, torch.zeros(2), x),
+        "x": gaussian_statistics,
+        "reference": lambda x: terminal_error(normal(3, 2), x),
+    }.items()
+] + [
+    (lambda: wasserstein2_to_gaussian([1.0], "0", 1.0), TypeError, "mean: .*'0'"),
+    (lambda: wasserstein2_to_gaussian([1.0], 0.0, True), TypeError, "std: .*True"),
+    (lambda: terminal_error([[1.0], [2.0, 3.0]], [[1.0]]), ValueError, "x: .*lengths"),
+]
+
+
 @pytest.mark.parametrize(("call", "kind", "message"), BAD)
 def test_bad_arguments_are_refused(call, kind, message) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(kind, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_distances_do_not_follow_the_default_device_or_dtype(dtype) -> None:  # type: ignore[no-untyped-def]
+    a, b = normal(9, 2), normal(7, 2, seed=1)
+
+    def use() -> list[float]:
+        return [
+            wasserstein2([0.1, 0.3], [0.7, 0.2, 0.4]),
+            wasserstein2_to_gaussian([0.1, 0.3], 0.2, 0.7),
+            frechet_distance(
+                [0.1, 0.3], [[1.0, 0.2], [0.2, 0.7]], *gaussian_statistics(a)
+            ),
+            sliced_wasserstein2(a, b, projections=8),
+            terminal_error(a[:7], b),
+        ]
+
+    expected = use()
+    torch.set_default_device("meta")
+    torch.set_default_dtype(dtype)
+    try:
+        found = use()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert found == expected

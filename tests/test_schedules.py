@@ -947,6 +947,8 @@ def test_a_changed_file_is_refused_or_a_schedule(name):
         assert len(knots["clock"]) == len(knots["times"]) < 40
     loaded, refused, steep = 0, 0, []
     for path in paths(whole):
+        if isinstance(path[-1], int) and path[-1] % 7 > 1:
+            continue  # of many knots, some
         parent = whole
         for key in path[:-1]:
             parent = parent[key]

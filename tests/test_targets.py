@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -352,3 +353,111 @@ def test_draws_and_denoisers_on_another_device(accelerator: torch.device) -> Non
         there = target.denoiser(VP())(x, 0.3)
         on_cpu = target.denoiser(VP())(x.cpu(), 0.3)
         torch.testing.assert_close(there.cpu(), on_cpu, rtol=1e-9, atol=1e-9)
+
+
+NO_NUMBERS = {
+    "text": "12",
+    "texts": ["1", "2"],
+    "bools": [True, False],
+    "mask": torch.tensor([True, False]),
+    "complex": torch.tensor([1j, 0.0]),
+    "complex list": [1j, 0.0],
+    "none": None,
+    "nones": [None, 1.0],
+    "dates": np.array(["2026-01-01"] * 2, "M8[D]"),
+    "no numbers": torch.empty(2, device="meta"),
+}
+
+
+@pytest.mark.parametrize("bad", NO_NUMBERS.values(), ids=NO_NUMBERS.keys())
+def test_parameters_that_are_no_numbers_are_refused_by_name(bad: Any) -> None:
+    for name, make in {
+        "mean": lambda: Gaussian(bad, [[1.0, 0.0], [0.0, 1.0]]),
+        "cov": lambda: Gaussian([0.0, 0.0], bad),
+        "means": lambda: GaussianMixture(bad, [1.0, 1.0], [1.0, 1.0]),
+        "stds": lambda: GaussianMixture([[0.0], [1.0]], bad, [1.0, 1.0]),
+        "weights": lambda: GaussianMixture([[0.0], [1.0]], [1.0, 1.0], bad),
+        "data": lambda: Empirical(bad),
+    }.items():
+        with pytest.raises(TypeError, match=rf"^{name}(\[\d\])?: expected .*, got"):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Gaussian([[0.0], 1.0], [[1.0]]), "mean: .*different lengths"),
+        (lambda: FULL.denoiser(VE), r"process: .*call it: VE\(\)"),
+        (lambda: FULL.sample_prior("ve", 3), "process: expected a noising process"),
+        (lambda: FULL.sample(True), "n: expected an integer, got True"),
+        (lambda: FULL.sample(2.0), r"n: expected an integer, got 2\.0 of type float"),
+        (lambda: FULL.sample(2, seed=None), "seed: .*got None; pass seed=0"),
+        (lambda: FULL.sample(2, seed=2**70), "seed: expected an integer of 64 bits"),
+        (lambda: FULL.denoiser(VE())([[0.0] * 3], 1.0), "x: expected a floating-point"),
+        (lambda: FULL.denoiser(VE())(torch.ones(2, 3).int(), 1.0), "x: .*dtype int32"),
+        (lambda: FULL.denoiser(VE())(torch.tensor(1.0), 1.0), "x: expected samples"),
+        (lambda: FULL.denoiser(VE())(torch.ones(2, 3), "1"), "t: expected a number"),
+        (lambda: FULL.denoiser(VE())(torch.ones(2, 3), True), "t: expected a number"),
+        # Three times for samples of three numbers: not one for each number.
+        (
+            lambda: FULL.denoiser(VE())(torch.ones(3, 3), torch.ones(3)),
+            r"t: .*\[n, 1\].*reshape\(-1, 1\)",
+        ),
+        (lambda: FULL.flow_map(VE(), torch.ones(2, 3), 1.0, 1j), "t_to: expected"),
+        (lambda: FULL.flow_map(VE(), torch.ones(2, 3), None, 0.0), "t_from: expected"),
+        (
+            lambda: FULL.flow_map(VE(), torch.ones(2, 2), 1.0, 0.0),
+            "x: expected samples",
+        ),
+        (lambda: FULL.flow_map(None, torch.ones(2, 3), 1.0, 0.0), "process: .*None"),
+        (lambda: Empirical([[0.0]]), r"data: expected a torch.Tensor.*as_tensor"),
+        (
+            lambda: Empirical(torch.ones(2, 2).to(torch.float8_e5m2)),
+            "data: .*only stores; pass data.float",
+        ),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(
+    call: Callable[[], object], message: str
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
+def test_arrays_of_any_layout_are_the_parameters(as_a_user: None) -> None:
+    whole = np.array([2.0, -1.0, 0.5])[::-1]
+    for mean in (whole, whole.astype(">f8"), list(whole), whole.astype("f4")):
+        law = Gaussian(mean, np.eye(3))
+        assert law.mean.tolist() == [0.5, -1.0, 2.0]
+        assert law.dtype == torch.float64  # that of cov
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_laws_do_not_follow_the_default_device_or_dtype(dtype: torch.dtype) -> None:
+    x = normal(4, 2)
+
+    def use() -> list[Tensor]:
+        found = []
+        for law in (
+            Gaussian([0.1, -0.2], [[1.0, 0.3], [0.3, 0.7]]),
+            GaussianMixture([[0.1, 0.2], [1.3, 0.7]], [0.1, 0.3], [0.3, 0.6]),
+            Empirical(x),
+        ):
+            found += [law.denoiser(p)(x, 0.3) for p in (VE(), VP(), RectifiedFlow())]
+            law.dtype = F64  # of draws, where no tensor says it: torch's default
+            found += [law.sample(3), law.sample_prior(VP(), 3)]
+            if isinstance(law, Gaussian):
+                found += [law.flow_map(VP(), x, 0.9, 0.1), law.mean, law.cov]
+        return found
+
+    expected = use()
+    torch.set_default_device("meta")
+    torch.set_default_dtype(dtype)
+    try:
+        found = use()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(found, expected, strict=True):
+        assert a.device.type == "cpu"
+        assert a.equal(b)
