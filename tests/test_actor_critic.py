@@ -1097,3 +1097,66 @@ def test_training_runs_on_another_device(
         if accelerator.type == "cuda":  # the simulated one draws the CPU's numbers
             with pytest.raises(CheckpointError, match="device"):
                 ActorCritic(flow, x_T, **options).load(file)
+
+
+# What an iteration is taught with.
+
+
+@pytest.mark.parametrize("constraint", ["hard", "multiplier"])
+def test_exploring_is_paid_for_the_steps_that_are_drawn(constraint: Any) -> None:
+    r"""r = -cost + lambda E[z^2] dt, with E[z^2] = 0.774 of draws cut at 2."""
+    problem = mixture_1d(PROCESS, 6)
+    K, temperature = 5, 0.01
+    trainer = ActorCritic(
+        problem.flow(),
+        problem.x_T,
+        steps=K,
+        temperature=temperature,
+        constraint=constraint,
+        points=16,
+        warm_up=0,
+    )
+    seen: list[tuple[Episodes, Tensor]] = []
+    learner = trainer._loop.learner
+    usual = learner.update_critic
+
+    def update(episodes: Episodes, reward: Tensor, *rest: Any) -> Tensor:
+        seen.append((episodes, reward))
+        return usual(episodes, reward, *rest)
+
+    learner.update_critic = update  # type: ignore[method-assign]
+    next(iter(trainer.train(2)))
+    episodes, reward = seen[0]
+    bonus = reward + episodes.charged
+    expected = torch.full_like(bonus, temperature * 0.7737 / K)
+    if constraint == "hard":
+        expected[-1] = 0  # that step is forced, not drawn
+    torch.testing.assert_close(bonus, expected, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("test_function", ["relative", "gradient"])
+def test_the_actor_weighs_its_steps_by_the_time_that_is_left(
+    test_function: Any,
+) -> None:
+    """(29b) with the test function 1 / (1 - tau), tau = k / K; or 1."""
+    problem = mixture_1d(PROCESS, 6)
+    K = 5
+    trainer = ActorCritic(
+        problem.flow(),
+        problem.x_T,
+        steps=K,
+        points=16,
+        test_function=test_function,
+    )
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(K, 6, generator=rng, dtype=torch.float64)
+    episodes = trainer._loop.play(torch.arange(6), noise=noise.clamp(-2, 2))
+    increment = torch.randn(K - 1, 6, generator=rng, dtype=torch.float64)
+    found = trainer._loop.learner.actor_objective(episodes, increment)
+    total = torch.zeros(6, dtype=torch.float64)
+    for k in range(K - 1):
+        tau = torch.full((6,), k / K, dtype=torch.float64)
+        output = trainer.actor(episodes.rho[k], tau, episodes.features[k])
+        weight = K / (K - k) if test_function == "relative" else 1.0
+        total = total + weight * output * episodes.score[k] * increment[k]
+    torch.testing.assert_close(found, total.mean(), rtol=1e-5, atol=1e-9)

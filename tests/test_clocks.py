@@ -240,3 +240,50 @@ def test_bad_options_are_refused() -> None:
         PredictedClock(table(VE()), 4, trust=1.5)
     with pytest.raises(TypeError, match="trainer"):
         artlib.ActorClock(table(VE()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bend", [0.05, 1e9])
+@pytest.mark.parametrize("trust", [1.0, 0.5])
+def test_the_prediction_is_the_regression_at_the_middle_of_the_step(
+    bend: float, trust: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r"""Written out: |Q| = |dD/dt| / t at the middle, its deviation cut at 3 in log.
+
+    The prediction is the mean times exp(trust beta deviation), with beta the slope of
+    the regression of log |Q| at other times on that at the middle.
+    """
+    process = VE()
+    problem = mixture_1d(process, 32)
+    table = artlib.stiffness_table(problem.flow(), problem.x_T)
+    clock = PredictedClock(table, 6, trust=trust)
+    clock.start(problem.flow(), problem.x_T[:1])
+    asked: list[Tensor] = []
+    usual = clock._quantile
+
+    def quantile(log_density: Tensor, t: Tensor, share: float) -> Tensor:
+        asked.append(log_density)
+        return usual(log_density, t, share)
+
+    monkeypatch.setattr(clock, "_quantile", quantile)
+    x, one = problem.x_T[:1], torch.ones(1, 1, dtype=torch.float64)
+    before, now = (torch.tensor([t], dtype=torch.float64) for t in (8.0, 1.0))
+    clock.advance(0, before, x, 0 * one)
+    clock.advance(1, now, x, bend * one)
+
+    times = table.fine_times[::8]
+    logs = table.fine_values[:, ::8]
+    mean = logs.mean(0)
+    logs = logs.clamp_min(1e-3 * mean).clamp_min(1e-8 * float(logs.max())).log()
+    middle = int((times.log() - math.log(4.5)).abs().argmin())
+    spread = logs - logs.mean(0)
+    beta = (spread * spread[:, middle, None]).mean(0) / spread[:, middle].var(
+        correction=0
+    )
+    size = math.log(bend / 7 / 4.5) - float(logs.mean(0)[middle])
+    deviation = min(max(size, -3.0), 3.0)
+    assert (abs(deviation) == 3) == (bend > 1)
+    expected = 0.5 * (mean.log() + trust * beta * deviation)
+    busy = mean > 1e-6 * mean.max()  # below there is a floor
+    torch.testing.assert_close(
+        asked[1][0][busy], expected[busy], rtol=0.02, atol=0.02 * abs(deviation)
+    )

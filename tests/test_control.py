@@ -584,3 +584,37 @@ def test_table_on_another_device(accelerator: torch.device) -> None:
     there = stiffness_table(FLOW, X_T.to(accelerator))
     torch.testing.assert_close(there.values, expected.values, rtol=1e-6, atol=1e-12)
     assert there.art().grid(5).device.type == "cpu"
+
+
+@pytest.mark.parametrize("least", [0.15, 0.0])
+def test_the_paper_average_floors_a_path_at_a_tenth_of_the_mean(least: float) -> None:
+    """Two paths: one bends alike everywhere, the other hardly below t = 5."""
+    process = VE(sigma_min=0.1, sigma_max=10.0)
+    times = torch.logspace(1, -1, 513, dtype=torch.float64)
+    times[0], times[-1] = process.t_max, process.t_min
+    other = torch.where(times > 5, 1.0, least)
+    table = StiffnessTable(process, times, torch.stack([torch.ones(513), other]))
+    fine, knots = table.fine_times, torch.linspace(0, 1, 65, dtype=torch.float64)
+    low = fine < 5
+    floored = max(least, 0.1 * (1 + least) / 2)
+    rows = []
+    for q in (torch.ones(len(fine)), torch.where(low, floored, 1.0)):
+        density = q.double().sqrt()
+        pieces = 0.5 * (density[1:] + density[:-1]) * (fine[:-1] - fine[1:])
+        clock = torch.cat([torch.zeros(1), pieces.cumsum(0)])
+        rows.append(np.interp(knots * clock[-1], clock, fine))
+    schedule = table.art("paper")
+    found = schedule.time(knots * schedule.horizon)
+    torch.testing.assert_close(
+        found, torch.from_numpy(np.mean(rows, axis=0)), rtol=0.02, atol=0
+    )
+
+
+def test_a_power_law_is_kept_over_sixteen_decades() -> None:
+    process = VE(sigma_min=1e-3, sigma_max=10.0)
+    times = torch.logspace(1, -3, 33, dtype=torch.float64)
+    times[0], times[-1] = process.t_max, process.t_min
+    table = StiffnessTable(process, times, (times**4)[None])
+    torch.testing.assert_close(
+        table.fine_values[0], table.fine_times**4, rtol=1e-6, atol=0
+    )

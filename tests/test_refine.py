@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from functools import cache
@@ -220,3 +221,60 @@ def test_bad_arguments_are_refused(case: int) -> None:
     arguments, options, error, message = BAD[case]
     with pytest.raises(error, match=message):
         refine(*arguments, **options)
+
+
+def problem_of(reference: Tensor | None = None) -> tuple[Any, Tensor]:
+    """Refine's own problem on anisotropic Gaussian data, and the logits of a start."""
+    module = importlib.import_module("artlib.refine")
+    process = VE()
+    lam = torch.tensor([1.0, 0.04], dtype=torch.float64)
+    target = artlib.Gaussian(torch.zeros(2, dtype=torch.float64), torch.diag(lam))
+    flow = ProbabilityFlow(process, target.denoiser(process))
+    x_T = target.sample_prior(process, 12, seed=0)
+    start = artlib.edm(process, pinned=False)
+    found = module._problem(start, flow, x_T, 4, "euler", reference, 0.25, None)
+    return found, module._to_logits(process, start.grid(4))
+
+
+def test_the_reference_is_accurate() -> None:
+    """Against the exact end of the paths, better than any grid of 4 will be."""
+    problem, _ = problem_of()
+    lam, t = torch.tensor([1.0, 0.04], dtype=torch.float64), problem.flow.process.t_min
+    x_T = problem.moving.x
+    top = problem.flow.process.t_max
+    ends = x_T * torch.sqrt((lam + t**2) / (lam + top**2)) * lam / (lam + t**2)
+    torch.testing.assert_close(problem.moving.reference, ends, rtol=1e-4, atol=1e-9)
+
+
+def test_held_out_noise_judges_and_moves_nothing() -> None:
+    usual, logits = problem_of()
+    truth = torch.cat([usual.moving.reference, usual.judging.reference])
+    assert len(usual.judging.x) == 3
+    other = truth.clone()
+    other[9:] += 1  # the held-out quarter
+    changed, _ = problem_of(other)
+    known, _ = problem_of(truth)
+    (value, slope), (value_2, slope_2) = (
+        p.by_autograd(logits.numpy()) for p in (known, changed)
+    )
+    assert value == value_2
+    assert (slope == slope_2).all()
+    grid = artlib.edm(VE(), pinned=False).grid(4)
+    assert changed.held_out_error(grid) > 2 * known.held_out_error(grid)
+
+
+def test_the_search_stops_after_eight_iterations_without_a_gain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = importlib.import_module("artlib.refine")
+    judged = []
+
+    def no_gain(self: Any, nodes: Tensor) -> float:
+        judged.append(nodes)
+        return 1.0
+
+    monkeypatch.setattr(module._Problem, "held_out_error", no_gain)
+    problem = mixture_16d(VE(), 8)
+    start = artlib.uniform(problem.process)
+    refine(start, problem.flow(), problem.x_T, 12, iterations=60)
+    assert len(judged) == 1 + 8  # the start, and eight in vain

@@ -245,3 +245,34 @@ def test_bad_input_is_named() -> None:
         girsanov_bound(RectifiedFlow(), [1.0, 0.5, 0.0], lambda m: m)
     with pytest.raises(ValueError, match="shapes"):
         JumpCosts(jumps.process, jumps.times[1:], jumps.costs)
+
+
+def test_more_noise_never_helps_a_loss() -> None:
+    """A dip of the measured loss is noise: as if the loss stayed level up to there."""
+    process = VE(sigma_min=0.01, sigma_max=10.0)
+    x_0 = torch.zeros(4, 1, dtype=torch.float64)
+
+    def flow(loss: Any) -> ProbabilityFlow:
+        """A denoiser whose loss on data at 0 is given."""
+        return ProbabilityFlow(
+            process, lambda x, t: loss(t.log()).sqrt() * torch.ones_like(x)
+        )
+
+    def rising(level: Tensor) -> Tensor:
+        return 5 + level
+
+    def dipping(level: Tensor) -> Tensor:
+        return rising(level) - 2 * ((level > -1) & (level < 0.5))
+
+    def level_there(level: Tensor) -> Tensor:
+        before = rising(last_before)
+        return torch.where((level > -1) & (level < 0.5), before, rising(level))
+
+    times = torch.logspace(1, -2, 49, dtype=torch.float64)
+    last_before = times.log()[times.log() <= -1][0]
+    found, expected = (
+        girsanov(flow(loss), x_0, points=49) for loss in (dipping, level_there)
+    )
+    torch.testing.assert_close(found.grid(12), expected.grid(12), rtol=1e-6, atol=0)
+    usual = girsanov(flow(rising), x_0, points=49).grid(12)
+    assert not torch.allclose(found.grid(12), usual, rtol=1e-2)

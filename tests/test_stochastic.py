@@ -186,3 +186,33 @@ def test_impossible_laws_and_flows_are_refused() -> None:
     problem = mixture_16d(process, n=2)
     with pytest.raises(ValueError, match=r"grid: .*infinite.*0\.999"):
         sample_stochastic(problem.flow(), problem.x_T, [1.0, 0.5, 0.0])
+
+
+def test_churn_acts_between_s_min_and_s_max_only() -> None:
+    """Noise above s_max changes nothing; between the two it is the step's own."""
+    process, lam = VE(), [1.0, 0.1]
+    grid = artlib.edm(process).grid(8)
+    usual = artlib.gaussian_output_std(process, lam, grid, solver="heun")
+    level = float(process.noise_level(grid[5]))
+    options: dict[str, Any] = {"method": "churn", "churn": 2.0}
+
+    def std(**bounds: float) -> Tensor:
+        return gaussian_stochastic_std(process, lam, grid, **options, **bounds)
+
+    below = std(s_max=0.5 * process.t_min)
+    torch.testing.assert_close(below, usual, rtol=1e-7, atol=0)
+    alone = std(s_min=0.99 * level, s_max=1.01 * level)
+    assert float((alone / usual - 1).abs().max()) > 1e-4  # one step, and not none
+    assert float((std() / alone - 1).abs().max()) > 1e-4  # nor all
+
+
+def test_churn_raises_the_noise_by_at_most_root_two() -> None:
+    process, lam, K = VE(), [1.0, 0.1], 8
+    grid = artlib.edm(process).grid(K)
+
+    def std(churn: float) -> Tensor:
+        return gaussian_stochastic_std(process, lam, grid, method="churn", churn=churn)
+
+    cap = K * (math.sqrt(2) - 1)
+    torch.testing.assert_close(std(100 * cap), std(cap), rtol=1e-12, atol=0)
+    assert not torch.allclose(std(0.9 * cap), std(cap), rtol=1e-4)

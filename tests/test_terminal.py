@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -198,3 +199,27 @@ def test_weights_go_with_every_solver_and_leave_no_graph() -> None:
     assert inside == artlib.art(
         problem.flow(), problem.x_T, weight="terminal", points=24
     )
+
+
+def test_dual_is_the_part_along_the_error_that_arrives_at_t_min() -> None:
+    """Every part in closed form, on a range that ends well above 0."""
+    process = VE(sigma_min=0.3, sigma_max=20.0)
+    flow, x_T = gaussian(process)
+    nodes = artlib.error_table(flow, x_T, points=48).art().grid(20)
+    nodes[-1] = process.t_min
+
+    def std(t: Tensor) -> Tensor:
+        return torch.sqrt(SPECTRUM + t[:, None] ** 2)
+
+    x = x_T
+    for t, s in pairwise(nodes):
+        x = x + (s - t) * t / (SPECTRUM + t**2) * x
+    error = x - x_T * std(nodes[-1:]) / std(nodes[:1])
+    table = artlib.error_table(flow, x_T, weight="dual", points=48)
+    times, h = table.times, 1e-4 * table.times
+    bend = (std(times + h) - 2 * std(times) + std(times - h)) / h[:, None] ** 2
+    arrives = bend / 2 * std(times[-1:]) / std(times)
+    z, direction = x_T / std(times[:1]), error / error.norm(dim=1, keepdim=True)
+    expected = (z[:, None] * arrives * direction[:, None]).sum(2).abs()
+    gap = (table.values - expected).abs() / expected.amax(1, keepdim=True)
+    assert float(gap.max()) < 0.02
