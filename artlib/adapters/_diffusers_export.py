@@ -4,25 +4,23 @@ A pipeline calls ``scheduler.set_timesteps(num_inference_steps)`` itself, which 
 put back the scheduler's own steps. So a scheduler that has been set **holds** its
 schedule: until `release`, that call gives the schedule's grid for the number of steps
 it asks for. What else it passes (a pipeline's default sigmas, a ``mu`` for the image
-size) is taken into account only so far as the scheduler would undo the grid with it.
+size) changes nothing. A copy of the scheduler holds the schedule on its own; one that
+is made from its configuration, or saved and loaded, does not, and there is a warning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from .._checks import positive_int
 from .._schedule import Schedule
 from .._schedule_io import ExportError
-from ._diffusers_rules import Rule, rule_for
+from ._diffusers_held import hold, let_go, plain_class
+from ._diffusers_rules import check_range, coordinate, rule_for, shift_of
+from ._diffusers_set import set_levels
 from ._levels import noise_levels
-
-TOLERANCE = 1e-5
-"""Relative difference between a wanted and a visited noise level that is accepted."""
 
 
 def to_diffusers(
@@ -38,12 +36,20 @@ def to_diffusers(
     Afterwards ``scheduler.sigmas`` are the schedule's noise levels in the scheduler's
     own coordinate, and stay so when a pipeline calls ``set_timesteps``: run it as
     ``pipe(..., num_inference_steps=K)`` with any K, without sigmas or timesteps. An
-    image-to-image pipeline cuts the grid by its ``strength`` as usual.
+    image-to-image pipeline cuts the grid by its ``strength`` as usual. It starts from
+    noise times ``scheduler.init_noise_sigma``, which becomes that of the first level.
+
+    Solvers stay what they are: Euler's is `artlib.sample`'s ``"euler"``, Heun's its
+    ``"heun"`` and DPMSolverMultistep's of order 2 its ``"dpmpp_2m"``.
 
     Args:
         schedule: Any schedule; its process is converted to the scheduler's coordinate.
-        scheduler: EulerDiscrete, EDMEuler, FlowMatchEulerDiscrete, UniPCMultistep with
-            flow sigmas, HeunDiscrete or DPMSolverMultistep (integer grids only).
+        scheduler: EulerDiscrete, EulerAncestralDiscrete, HeunDiscrete, LMSDiscrete,
+            KDPM2Discrete, KDPM2AncestralDiscrete, DPMSolverMultistep and -Singlestep
+            (also with noise), UniPCMultistep; EDMEuler, EDMDPMSolverMultistep;
+            FlowMatchEulerDiscrete, -HeunDiscrete, -LCM, LTXEulerAncestralRF. What it
+            would do to its own steps (``use_karras_sigmas``, shifts, ...) is without
+            effect.
         K: Number of steps.
         mu: Of a scheduler with dynamic shifting. It is undone, so that any value, or
             none, gives the same noise levels.
@@ -56,8 +62,9 @@ def to_diffusers(
         ValueError: If ``K`` < 1.
     """
     rule = rule_for(scheduler)
-    _set(schedule, scheduler, rule, positive_int(K, "K"), mu, device)
-    scheduler.set_timesteps = _Held(scheduler, schedule, rule)
+    levels = noise_levels(schedule, positive_int(K, "K"), coordinate(scheduler))
+    set_levels(scheduler, plain_class(scheduler), rule, levels, mu, device)
+    hold(scheduler, schedule)
 
 
 def release(scheduler: Any) -> None:
@@ -65,7 +72,7 @@ def release(scheduler: Any) -> None:
 
     A scheduler that holds none is left alone.
     """
-    vars(scheduler).pop("set_timesteps", None)
+    let_go(scheduler)
 
 
 def pipeline_arguments(
@@ -79,8 +86,8 @@ def pipeline_arguments(
 
     Args:
         schedule: Any schedule.
-        scheduler: As in `to_diffusers`, except UniPC, which truncates the times that
-            its network is told.
+        scheduler: EulerDiscrete, EDMEuler, FlowMatchEulerDiscrete or HeunDiscrete. The
+            others take no exact list; `to_diffusers` sets them.
         K: Number of steps.
         mu: With dynamic shifting, the value that the pipeline will compute.
 
@@ -91,104 +98,20 @@ def pipeline_arguments(
         ExportError: If it cannot be done; also if ``mu`` is needed and missing.
     """
     rule = rule_for(scheduler)
-    if rule.float_times:
+    if rule.arguments is None:
         raise ExportError(
-            f"scheduler: {type(scheduler).__name__} truncates the network's times to "
-            "integers; use schedule.to_diffusers(scheduler, K), which sets them"
+            f"scheduler: {type(scheduler).__name__} takes no list of noise levels, "
+            "or truncates the network's times; use schedule.to_diffusers(scheduler, "
+            "K), which sets them"
         )
     if mu is None and getattr(scheduler.config, "use_dynamic_shifting", False):
         raise ExportError(
             "mu: the scheduler shifts by the mu that the pipeline computes, and it has "
             "to be known to be undone; pass it, or use schedule.to_diffusers(...)"
         )
-    levels = noise_levels(schedule, K, rule.coordinate(scheduler))
-    found = rule.arguments(scheduler, levels[:-1].numpy(), mu)
+    shift_of(scheduler, mu, 1.0)
+    rule.check(scheduler)
+    levels = noise_levels(schedule, K, coordinate(scheduler))[:-1].numpy()
+    check_range(scheduler, levels)
+    found = rule.arguments(scheduler, levels, mu)
     return {name: v for name, v in found.items() if name in ("sigmas", "timesteps")}
-
-
-class _Held:
-    """The ``set_timesteps`` of a scheduler that holds a schedule."""
-
-    def __init__(self, scheduler: Any, schedule: Schedule, rule: Rule) -> None:
-        self._scheduler, self.schedule, self._rule = scheduler, schedule, rule
-
-    def __call__(
-        self,
-        num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
-        timesteps: Sequence[float] | np.ndarray | torch.Tensor | None = None,
-        sigmas: Sequence[float] | np.ndarray | torch.Tensor | None = None,
-        mu: float | None = None,
-    ) -> None:
-        """Set the grid of the schedule; only the number of steps is the caller's.
-
-        Raises:
-            ExportError: If the schedule cannot be visited with that many steps.
-            ValueError: If neither a number of steps nor a list is given.
-        """
-        if num_inference_steps is None:
-            given = timesteps if timesteps is not None else sigmas
-            if given is None:
-                raise ValueError(
-                    "num_inference_steps: got None; say how many steps to take"
-                )
-            num_inference_steps = len(given)
-            # Euler's lists carry the final 0, which is no step.
-            if sigmas is not None and timesteps is None and float(given[-1]) == 0:
-                num_inference_steps -= 1
-        K = positive_int(num_inference_steps, "num_inference_steps")
-        dynamic = getattr(self._scheduler.config, "use_dynamic_shifting", False)
-        mu = mu if dynamic else None
-        _set(self.schedule, self._scheduler, self._rule, K, mu, device)
-
-
-def _set(
-    schedule: Schedule,
-    scheduler: Any,
-    rule: Rule,
-    K: int,
-    mu: float | None,
-    device: torch.device | str | None,
-) -> None:
-    """Set and verify, or put everything back."""
-    if mu is not None and not rule.takes_mu:
-        raise ExportError(
-            f"mu: got {mu}, but {type(scheduler).__name__} knows none; leave it out"
-        )
-    wanted = noise_levels(schedule, K, rule.coordinate(scheduler))
-    arguments = rule.arguments(scheduler, wanted[:-1].numpy(), mu)
-    if arguments.get("mu", mu) is None:
-        arguments.pop("mu", None)
-    before = dict(vars(scheduler))
-    try:
-        type(scheduler).set_timesteps(scheduler, device=device, **arguments)
-        if rule.float_times:
-            times = (
-                scheduler.sigmas[:-1].double() * scheduler.config.num_train_timesteps
-            )
-            scheduler.timesteps = times.float().to(device)
-        _verify(scheduler, rule, wanted)
-    except BaseException as error:
-        vars(scheduler).clear()
-        vars(scheduler).update(before)
-        if isinstance(error, ExportError) or not isinstance(error, Exception):
-            raise
-        raise ExportError(
-            f"scheduler: {type(scheduler).__name__}.set_timesteps refused the grid: "
-            f"{error}"
-        ) from error
-
-
-def _verify(scheduler: Any, rule: Rule, wanted: torch.Tensor) -> None:
-    """Compare what the scheduler will visit with what it should."""
-    inner = wanted[1:-1].repeat_interleave(rule.repeats)
-    expected = torch.cat([wanted[:1], inner, wanted[-1:]])
-    visited = torch.as_tensor(scheduler.sigmas).double().cpu()
-    if visited.shape != expected.shape or not torch.allclose(
-        visited, expected, rtol=TOLERANCE, atol=0
-    ):
-        raise ExportError(
-            f"scheduler: {type(scheduler).__name__} would visit {visited.tolist()} "
-            f"instead of {expected.tolist()}; this release of diffusers does something "
-            "to its sigmas that is not known here"
-        )

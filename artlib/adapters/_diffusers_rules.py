@@ -1,16 +1,19 @@
-r"""How each scheduler of diffusers has to be told its noise levels, and whether it can.
+r"""What the schedulers of diffusers do with noise levels, and which can be given them.
 
-Read off the release 0.42 by running it. Every rule turns wanted noise levels into the
-arguments of ``set_timesteps``, undoing in advance what the scheduler does to them:
+Read off the release 0.42 by running it. A scheduler steps through its array ``sigmas``
+and has the network told ``timesteps``; what filled them does not matter to its steps.
+So it lets itself be set: it counts its own steps, and a schedule's levels, with the
+fractional times that belong to them, are put in their place.
+
+The raw ``arguments`` of ``set_timesteps`` are what a pipeline can be given instead.
+Four schedulers take noise levels there, once what they do to them is undone:
 
 | scheduler | takes | what it does to it |
 | --- | --- | --- |
 | EulerDiscrete | K + 1 sigmas with the 0 | silently drops the last if it is not 0 |
 | EDMEuler | a ramp r in [0, 1] | :math:`(s_{max}^{1/\rho} + r\,\Delta)^\rho` |
 | FlowMatchEuler | K sigmas without the 0 | shift :math:`s = a r / (1 + (a - 1) r)` |
-| UniPC | the same as an array, flow only | the same; truncates the network's times |
 | Heun | K fractional timesteps | interpolates sigma, doubles all but the first |
-| DPMSolverMultistep | K timesteps | truncates them to integers |
 """
 
 from __future__ import annotations
@@ -21,38 +24,42 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .._schedule_io import ExportError
+from ._diffusers_arrays import (
+    Arrays,
+    fresh_noise,
+    heun,
+    kdpm2,
+    kdpm2_ancestral,
+    ltx_ancestral,
+    once,
+    reverse_sde,
+)
+from ._diffusers_times import config_of, is_edm, is_flow, table_levels, tells_log
 from ._levels import Coordinate
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How one scheduler class is set.
+    r"""How one scheduler class is set.
 
     Attributes:
-        coordinate: Maps the scheduler to the coordinate it counts noise in.
-        arguments: Maps (scheduler, levels [K] without the 0, mu) to the keyword
-            arguments of its ``set_timesteps``.
-        repeats: How often it lists each noise level after the first.
-        takes_mu: Whether its ``set_timesteps`` knows ``mu``.
-        float_times: Whether its truncated timesteps are to be replaced by the exact
-            ones (``num_train_timesteps`` times sigma).
+        arrays: Maps (levels [K + 1] down to 0, scheduler) to what it keeps of them.
+        check: Raises `ExportError` where an option of the scheduler stands in the way.
+        scaled: Whether its state is :math:`x = \alpha y`, not y itself.
+        needs_mu: Whether its ``set_timesteps`` insists on ``mu`` if it shifts by one.
+        arguments: Maps (scheduler, levels [K] without the 0, mu) to exact keyword
+            arguments of its ``set_timesteps``, where there are any.
     """
 
-    coordinate: Callable[[Any], Coordinate]
-    arguments: Callable[[Any, np.ndarray, float | None], dict[str, Any]]
-    repeats: int = 1
-    takes_mu: bool = False
-    float_times: bool = False
-
-
-def table_levels(scheduler: Any) -> np.ndarray:
-    """Noise levels sigma/alpha of a scheduler's training timesteps, ascending [T]."""
-    # In the scheduler's own float32, so that what it interpolates is inverted.
-    product = scheduler.alphas_cumprod.cpu().numpy()
-    levels: np.ndarray = ((1 - product) / product) ** 0.5
-    return levels
+    arrays: Callable[[Tensor, Any], Arrays] = once
+    check: Callable[[Any], None] = lambda scheduler: None
+    scaled: bool = False
+    needs_mu: bool = False
+    arguments: Callable[[Any, np.ndarray, float | None], dict[str, Any]] | None = None
 
 
 def rule_for(scheduler: Any) -> Rule:
@@ -62,62 +69,52 @@ def rule_for(scheduler: Any) -> Rule:
         TypeError: If it is no diffusers scheduler.
         ExportError: If there is none; the message gives the reason.
     """
-    if not callable(getattr(scheduler, "set_timesteps", None)) or not hasattr(
-        scheduler, "config"
-    ):
-        raise TypeError(
-            "scheduler: expected a scheduler of diffusers such as pipe.scheduler, got "
-            f"{type(scheduler).__name__}"
-        )
+    config_of(scheduler)
+    reason = "its steps are not known here"
     for kind in type(scheduler).__mro__:
-        if kind.__name__ in _RULES and kind.__module__.startswith("diffusers."):
-            return _RULES[kind.__name__]
+        if kind.__module__.startswith("diffusers."):
+            if kind.__name__ in RULES:
+                return RULES[kind.__name__]
+            if kind.__name__ in REFUSED:
+                reason = REFUSED[kind.__name__]
+                break
     name = type(scheduler).__name__
     remedy = (
         "FlowMatchEulerDiscreteScheduler"
-        if "FlowM" in name
+        if "Flow" in name
         else "EDMEulerScheduler"
-        if name.startswith("EDM")
+        if is_edm(scheduler)
         else "EulerDiscreteScheduler"
     )
     raise ExportError(
-        f"scheduler: {name} cannot be given noise levels without damage (its steps "
-        f"come from a count or integers, or it is not known here); use {remedy}"
+        f"scheduler: {name} cannot be given noise levels, {reason}; use {remedy}"
         ".from_config(pipe.scheduler.config), or sample with artlib.sample"
     )
 
 
-def _require_end_at_zero(config: Any) -> None:
-    if config.final_sigmas_type != "zero":
-        raise ExportError(
-            f"scheduler: final_sigmas_type={config.final_sigmas_type!r} ends at the "
-            "last noise level instead of 0; make it with final_sigmas_type='zero'"
-        )
+def coordinate(scheduler: Any) -> Coordinate:
+    """The coordinate in which a scheduler counts noise."""
+    return "flow" if is_flow(scheduler) else "level"
 
 
-def _level(scheduler: Any) -> Coordinate:
-    return "level"
+def check_range(scheduler: Any, levels: np.ndarray) -> None:
+    """Refuse noise that the network was never shown (1e-4 for round-off).
 
+    Args:
+        scheduler: The scheduler, which knows how the network was trained.
+        levels: Noise levels [K], descending, without the 0.
 
-def _flow(scheduler: Any) -> Coordinate:
-    return "flow"
-
-
-def _refuse_flags(scheduler: Any, *names: str) -> None:
-    for name in names:
-        if getattr(scheduler.config, name, None):
-            raise ExportError(
-                f"scheduler: {name}={getattr(scheduler.config, name)!r} overrides the "
-                f"noise levels it is given; make it with "
-                f"{type(scheduler).__name__}.from_config(config, {name}=None)"
-            )
-
-
-_RESPACING = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-
-
-def _check_range(levels: np.ndarray, low: float, high: float, whose: str) -> None:
-    """Refuse noise that the network was never shown (1e-4 for round-off)."""
+    Raises:
+        ExportError: If they leave the range; the message gives both.
+    """
+    if is_flow(scheduler) or tells_log(scheduler):
+        return
+    if is_edm(scheduler):
+        config = scheduler.config
+        low, high, whose = config.sigma_min, config.sigma_max, "the scheduler"
+    else:
+        table = table_levels(scheduler)
+        low, high, whose = float(table[0]), float(table[-1]), "the network"
     if levels[0] > high * (1 + 1e-4) or levels[-1] < low * (1 - 1e-4):
         raise ExportError(
             f"schedule: its noise levels run from {levels[0]:.6g} to {levels[-1]:.6g}, "
@@ -127,45 +124,20 @@ def _check_range(levels: np.ndarray, low: float, high: float, whose: str) -> Non
         )
 
 
-def _euler(scheduler: Any, levels: np.ndarray, mu: float | None) -> dict[str, Any]:
-    config = scheduler.config
-    continuous = (
-        config.timestep_type == "continuous"
-        and config.prediction_type == "v_prediction"
-    )
-    if not continuous:  # otherwise the network is told log(sigma) / 4, of any sigma
-        table = table_levels(scheduler)
-        _check_range(levels, float(table[0]), float(table[-1]), "the network")
-    return {"sigmas": [*levels.tolist(), 0.0]}
-
-
-def _edm(scheduler: Any, levels: np.ndarray, mu: float | None) -> dict[str, Any]:
-    import torch
-
-    config = scheduler.config
-    if config.sigma_schedule != "karras":
-        raise ExportError(
-            f"scheduler: sigma_schedule={config.sigma_schedule!r} ignores the values "
-            "it is given; make it with sigma_schedule='karras'"
-        )
-    _require_end_at_zero(config)
-    low, high = config.sigma_min, config.sigma_max
-    _check_range(levels, low, high, "the scheduler")
-    top, bottom = high ** (1 / config.rho), low ** (1 / config.rho)
-    ramp = (levels ** (1 / config.rho) - top) / (bottom - top)
-    return {"num_inference_steps": len(levels), "sigmas": torch.from_numpy(ramp)}
-
-
-def _unshift(levels: np.ndarray, a: float) -> np.ndarray:
-    """Inverse of s = a r / (1 + (a - 1) r)."""
-    return np.asarray(levels / (a - (a - 1) * levels))
-
-
-def _shift(
+def shift_of(
     scheduler: Any, mu: float | None, fixed: float
 ) -> tuple[float, float | None]:
-    """The factor a of the shift, and the ``mu`` to pass: undone, so any will do."""
-    if not scheduler.config.use_dynamic_shifting:
+    """The factor a of a scheduler's shift, and the ``mu`` that makes it.
+
+    Raises:
+        ExportError: If it takes no ``mu``, or this one makes no positive factor.
+    """
+    dynamic = getattr(scheduler.config, "use_dynamic_shifting", None)
+    if mu is not None and dynamic is None:
+        raise ExportError(
+            f"mu: got {mu}, but {type(scheduler).__name__} knows none; leave it out"
+        )
+    if not dynamic:
         if mu is not None:
             raise ExportError(
                 f"mu: got {mu}, but the scheduler has use_dynamic_shifting=False; "
@@ -181,60 +153,149 @@ def _shift(
     return a, mu
 
 
-def _flow_match(scheduler: Any, levels: np.ndarray, mu: float | None) -> dict[str, Any]:
-    _refuse_flags(scheduler, *_RESPACING, "invert_sigmas", "shift_terminal")
-    a, mu = _shift(scheduler, mu, float(scheduler.shift))
-    return {"sigmas": _unshift(levels, a).tolist(), "mu": mu}
-
-
-def _unipc(scheduler: Any, levels: np.ndarray, mu: float | None) -> dict[str, Any]:
-    config = scheduler.config
-    if not config.use_flow_sigmas:
+def _ends_at_zero(scheduler: Any) -> None:
+    kind = scheduler.config.final_sigmas_type
+    if kind != "zero":
         raise ExportError(
-            "scheduler: UniPCMultistepScheduler takes noise levels only with "
-            "use_flow_sigmas=True; for other models use EulerDiscreteScheduler"
-            ".from_config(pipe.scheduler.config)"
+            f"scheduler: final_sigmas_type={kind!r} is for steps that end at the last "
+            "noise level instead of 0; make it with final_sigmas_type='zero'"
         )
-    _refuse_flags(scheduler, *_RESPACING, "shift_terminal", "solver_p")
-    _require_end_at_zero(config)
-    a, mu = _shift(scheduler, mu, float(config.flow_shift))
-    return {"sigmas": _unshift(levels, a), "mu": mu}
+
+
+def _refuse_flags(scheduler: Any, *names: str) -> None:
+    for name in names:
+        if getattr(scheduler.config, name, None):
+            raise ExportError(
+                f"scheduler: {name}={getattr(scheduler.config, name)!r} overrides the "
+                f"noise levels it is given; make it with "
+                f"{type(scheduler).__name__}.from_config(config, {name}=None)"
+            )
+
+
+def _unipc_check(scheduler: Any) -> None:
+    _ends_at_zero(scheduler)
+    _refuse_flags(scheduler, "solver_p")
+
+
+def _forward_check(scheduler: Any) -> None:
+    _refuse_flags(scheduler, "invert_sigmas")
+
+
+_RESPACING = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+
+def _euler(scheduler: Any, levels: np.ndarray, mu: float | None) -> dict[str, Any]:
+    return {"sigmas": [*levels.tolist(), 0.0]}
+
+
+def _edm(scheduler: Any, levels: np.ndarray, mu: float | None) -> dict[str, Any]:
+    config = scheduler.config
+    if config.sigma_schedule != "karras":
+        raise ExportError(
+            f"scheduler: sigma_schedule={config.sigma_schedule!r} ignores the values "
+            "it is given; make it with sigma_schedule='karras', or use "
+            "schedule.to_diffusers(scheduler, K)"
+        )
+    top, bottom = (
+        config.sigma_max ** (1 / config.rho),
+        config.sigma_min ** (1 / config.rho),
+    )
+    ramp = (levels ** (1 / config.rho) - top) / (bottom - top)
+    return {"num_inference_steps": len(levels), "sigmas": torch.from_numpy(ramp)}
+
+
+def _flow_match(scheduler: Any, levels: np.ndarray, mu: float | None) -> dict[str, Any]:
+    _refuse_flags(scheduler, *_RESPACING, "shift_terminal")
+    a, _ = shift_of(scheduler, mu, float(scheduler.shift))
+    # The inverse of s = a r / (1 + (a - 1) r).
+    return {"sigmas": (levels / (a - (a - 1) * levels)).tolist()}
 
 
 def _heun(scheduler: Any, levels: np.ndarray, mu: float | None) -> dict[str, Any]:
     _refuse_flags(scheduler, *_RESPACING)
     table = table_levels(scheduler).astype(np.float64)
-    _check_range(levels, float(table[0]), float(table[-1]), "the network")
     times = np.interp(levels, table, np.arange(len(table)))
     return {"timesteps": times.tolist()}
 
 
-def _dpm(scheduler: Any, levels: np.ndarray, mu: float | None) -> dict[str, Any]:
-    config = scheduler.config
-    flags = ("use_lu_lambdas", "use_flow_sigmas")
-    _refuse_flags(scheduler, *_RESPACING, *flags, "use_dynamic_shifting")
-    _require_end_at_zero(config)
-    table = table_levels(scheduler).astype(np.float64)
-    _check_range(levels, float(table[0]), float(table[-1]), "the network")
-    times = np.interp(levels, table, np.arange(len(table))).round().astype(np.int64)
-    error = np.abs(table[times] / levels - 1)
-    if error.max() > 1e-5:
-        k = int(error.argmax())
-        raise ExportError(
-            "scheduler: DPMSolverMultistepScheduler takes integer timesteps only, and "
-            f"noise level {k} of the schedule, {levels[k]:.6g}, would become "
-            f"{table[times[k]]:.6g}; use EulerDiscreteScheduler.from_config("
-            "pipe.scheduler.config), HeunDiscreteScheduler, or "
-            "artlib.sample(..., solver='dpmpp_2m')"
-        )
-    return {"timesteps": times.tolist()}
+def _noise_of_dpm(levels: Tensor, scheduler: Any) -> Arrays:
+    noisy = str(scheduler.config.algorithm_type).startswith("sde-")
+    return (reverse_sde if noisy else once)(levels, scheduler)
 
 
-_RULES: dict[str, Rule] = {
-    "EulerDiscreteScheduler": Rule(_level, _euler),
-    "EDMEulerScheduler": Rule(_level, _edm),
-    "FlowMatchEulerDiscreteScheduler": Rule(_flow, _flow_match, takes_mu=True),
-    "UniPCMultistepScheduler": Rule(_flow, _unipc, takes_mu=True, float_times=True),
-    "HeunDiscreteScheduler": Rule(_level, _heun, repeats=2),
-    "DPMSolverMultistepScheduler": Rule(_level, _dpm),
+def _below_one(levels: Tensor, scheduler: Any) -> Arrays:
+    # Where it divides by 1 - t; so UniPC itself does it.
+    return once(levels.clamp(max=1 - 1e-6) if is_flow(scheduler) else levels, scheduler)
+
+
+def _noise_of_flow(levels: Tensor, scheduler: Any) -> Arrays:
+    noisy = getattr(scheduler.config, "stochastic_sampling", False)
+    return (fresh_noise if noisy else once)(levels, scheduler)
+
+
+RULES: dict[str, Rule] = {
+    "DPMSolverMultistepScheduler": Rule(_noise_of_dpm, _ends_at_zero, scaled=True),
+    "DPMSolverSinglestepScheduler": Rule(_noise_of_dpm, _ends_at_zero, scaled=True),
+    "EDMDPMSolverMultistepScheduler": Rule(_noise_of_dpm, _ends_at_zero),
+    "EDMEulerScheduler": Rule(check=_ends_at_zero, arguments=_edm),
+    "EulerAncestralDiscreteScheduler": Rule(reverse_sde),
+    "EulerDiscreteScheduler": Rule(arguments=_euler),
+    "FlowMatchEulerDiscreteScheduler": Rule(
+        _noise_of_flow, _forward_check, needs_mu=True, arguments=_flow_match
+    ),
+    "FlowMatchHeunDiscreteScheduler": Rule(heun),
+    "FlowMatchLCMScheduler": Rule(fresh_noise, _forward_check, needs_mu=True),
+    "HeunDiscreteScheduler": Rule(heun, arguments=_heun),
+    "KDPM2AncestralDiscreteScheduler": Rule(kdpm2_ancestral),
+    "KDPM2DiscreteScheduler": Rule(kdpm2),
+    "LMSDiscreteScheduler": Rule(),
+    "LTXEulerAncestralRFScheduler": Rule(ltx_ancestral),
+    "UniPCMultistepScheduler": Rule(
+        _below_one, _unipc_check, scaled=True, needs_mu=True
+    ),
 }
+"""The schedulers that can be set."""
+
+_TABLE = "which it looks up in a table by integer training steps"
+_DISTILLED = "since it is for networks distilled to steps of their own"
+_NOT_AT_ZERO = "since its formula has no value at noise 0, where a schedule ends"
+_NO_TRIAL = "since it needs the package torchsde and was not tried"
+_FORWARD = "since it runs from data to noise"
+_TOKENS = "since it samples tokens"
+REFUSED: dict[str, str] = {
+    "AmusedScheduler": _TOKENS,
+    "BlockRefinementScheduler": _TOKENS,
+    "CMStochasticIterativeScheduler": _DISTILLED,
+    "CogVideoXDDIMScheduler": _TABLE,
+    "CogVideoXDPMScheduler": _TABLE,
+    "CosineDPMSolverMultistepScheduler": _NO_TRIAL,
+    "DDIMInverseScheduler": _FORWARD,
+    "DDIMParallelScheduler": _TABLE,
+    "DDIMScheduler": _TABLE + " (Euler takes the same steps)",
+    "DDPMParallelScheduler": _TABLE,
+    "DDPMScheduler": _TABLE + " (EulerAncestralDiscreteScheduler is like it)",
+    "DDPMWuerstchenScheduler": "since it has a noise schedule of its own",
+    "DEISMultistepScheduler": _NOT_AT_ZERO,
+    "DPMSolverMultistepInverseScheduler": _FORWARD,
+    "DPMSolverSDEScheduler": _NO_TRIAL,
+    "DiscreteDDIMScheduler": _TOKENS,
+    "EntropyBoundScheduler": _TOKENS,
+    "FlowMapEulerDiscreteScheduler": _DISTILLED,
+    "HeliosDMDScheduler": _DISTILLED,
+    "HeliosScheduler": "since it steps through stages of growing resolution",
+    "IPNDMScheduler": "since it has a noise schedule of its own",
+    "KarrasVeScheduler": "since it has a noise schedule of its own",
+    "LCMScheduler": _TABLE,
+    "MiniMaxH3Scheduler": "since its time and its velocity run the other way",
+    "PNDMScheduler": _TABLE,
+    "PiflowScheduler": _DISTILLED,
+    "RFD4ProteinaScheduler": "since it has a noise schedule of its own",
+    "RePaintScheduler": _TABLE,
+    "SASolverScheduler": _NOT_AT_ZERO,
+    "SCMScheduler": _DISTILLED,
+    "ScoreSdeVeScheduler": "since it has a noise schedule of its own",
+    "TCDScheduler": _TABLE,
+    "UnCLIPScheduler": _TABLE,
+    "VQDiffusionScheduler": _TOKENS,
+}
+"""The others, and why."""
