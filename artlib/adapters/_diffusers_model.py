@@ -23,18 +23,25 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .._checks import finite_float
 from .._rows import Rows
-from ..denoisers import Denoiser, Prediction, network_dtype
+from ..denoisers import Denoiser, network_dtype
 from ..processes import VE, Process, RectifiedFlow, as_time
-from ._diffusers_rules import table_levels
+from ._diffusers_times import (
+    config_of,
+    is_edm,
+    is_flow,
+    network_scale,
+    no_signal_left,
+    table_levels,
+    told,
+)
 from ._guidance import Condition, Guidance
 
 _FLOW_T_MIN = 1e-3
@@ -47,7 +54,10 @@ def denoiser(
     condition: Condition | None = None,
     unconditional: Condition | None = None,
     guidance: float = 1.0,
-    timestep_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
+    together: bool = True,
+    shared: Collection[str] = (),
+    timestep_scale: float | None = None,
 ) -> DiffusersDenoiser:
     r"""A denoiser D(x, t) from a UNet or a transformer of diffusers.
 
@@ -55,24 +65,34 @@ def denoiser(
     draws times ``process.sigma(process.t_max)`` is what pipelines start from.
 
     Args:
-        network: Called as ``network(x, timestep=..., return_dict=False, **condition)``;
-            if it also predicts a variance, that half of its channels is cut off.
+        network: Called as ``network(x, timestep=..., return_dict=False, **condition)``
+            with one time per sample, and in its own dtype; if it also predicts a
+            variance, that half of its channels is cut off.
         scheduler: Any scheduler of diffusers that knows how the network was trained:
             one with ``alphas_cumprod`` (DDPM, DDIM, Euler, ...), of the EDM family, or
             of flow matching.
         condition: Further arguments of the network with one row, or one per sample:
-            ``{"class_labels": ...}``, ``{"encoder_hidden_states": ...}``,
-            ``{"added_cond_kwargs": {...}}``.
+            ``{"class_labels": ...}``, ``{"encoder_hidden_states": ...}``, also nested,
+            ``{"added_cond_kwargs": {...}}``, or in lists. Flux's ``img_ids`` and
+            ``txt_ids``, rotary embeddings and what is no tensor are shared.
         unconditional: The same for the empty prompt; needed for guidance.
         guidance: Factor of classifier-free guidance, 1 is none; the pipelines'
-            ``guidance_scale``. The doubled batch counts as one evaluation.
-        timestep_scale: Factor on the time that the network is told; a few
-            transformers count it in [0, 1] (1e-3).
+            ``guidance_scale``. It counts as one evaluation.
+        guidance_rescale: Share, in [0, 1], of the guided answer that is brought back to
+            the standard deviation of the conditional one; as the pipelines' argument.
+        together: Ask for both answers in one call on a doubled batch, as most pipelines
+            do. Otherwise in two: it takes half of the memory, and the two conditions
+            may differ in length.
+        shared: Names of further arguments that all samples share, whatever their shape.
+        timestep_scale: Factor on the time that the network is told, on top of the
+            scheduler's: 1e-3 where a transformer counts the time of flow matching in
+            [0, 1] (Flux) and not in 1000 (Stable Diffusion 3). Known, by default, for
+            the transformers of diffusers' flow pipelines.
 
     Raises:
         TypeError: If ``network`` is no module or ``scheduler`` no scheduler.
-        ValueError: If its prediction type is unknown or does not fit, or the guidance
-            lacks a condition.
+        ValueError: If its prediction type is unknown or does not fit, the guidance
+            lacks a condition, or it is not known what the network is told of the time.
 
     Example:
         >>> import artlib                                            # doctest: +SKIP
@@ -84,8 +104,20 @@ def denoiser(
             f"network: expected a torch module such as pipe.unet, got "
             f"{type(network).__name__}; the network comes before the scheduler"
         )
-    guide = Guidance(condition, unconditional, guidance)
-    scale = finite_float(timestep_scale, "timestep_scale", positive=True)
+    guide = Guidance(
+        condition,
+        unconditional,
+        guidance,
+        rescale=guidance_rescale,
+        together=together,
+        shared=shared,
+    )
+    config_of(scheduler)
+    scale = (
+        network_scale(network, scheduler)
+        if timestep_scale is None
+        else finite_float(timestep_scale, "timestep_scale", positive=True)
+    )
     return DiffusersDenoiser(network, scheduler, guide, scale)
 
 
@@ -95,14 +127,17 @@ def scheduler_process(scheduler: Any) -> Process:
     Raises:
         TypeError: If it is no scheduler of diffusers.
         ValueError: If it says nothing about how its network was trained.
+
+    Where no signal is left at the last training step (``rescale_betas_zero_snr``), its
+    level is 4096 or more, as in the schedulers of diffusers that step in sigma.
     """
-    config = _config(scheduler)
-    if _is_flow(scheduler):
+    config = config_of(scheduler)
+    if is_flow(scheduler):
         return RectifiedFlow(t_min=_FLOW_T_MIN)
-    if _is_edm(scheduler):
+    if is_edm(scheduler):
         return VE(float(config.sigma_min), float(config.sigma_max))
     if hasattr(scheduler, "alphas_cumprod"):
-        table = table_levels(scheduler).astype(np.float64)
+        table = table_levels(scheduler)
         return VE(float(table[0]), float(table[-1]))
     raise ValueError(
         f"scheduler: {type(scheduler).__name__} has neither alphas_cumprod nor "
@@ -129,71 +164,37 @@ class DiffusersDenoiser(Denoiser):
         self, network: nn.Module, scheduler: Any, guide: Guidance, timestep_scale: float
     ) -> None:
         process = scheduler_process(scheduler)
-        convert = self._formula(scheduler)
+        self.prediction, convert = _formula(scheduler)
         super().__init__(network, process, convert)
         self._guide = guide
         self._scale = timestep_scale
 
     def rows(self, index: Rows, count: int) -> DiffusersDenoiser:
-        """The same with the conditions of some of the samples.
+        """The denoiser of some of the samples, for a batch that is worked on in parts.
 
         Args:
-            index: Which samples, a slice or row numbers [n].
-            count: How many there are in all.
+            index: Which samples, a slice or row numbers [n]; their rows of the
+                conditions that have one per sample.
+            count: How many samples there are in all.
+
+        Returns:
+            A denoiser around the same network; itself where all conditions are shared.
 
         Raises:
             ValueError: If a condition has neither one row nor ``count``.
         """
+        guide = self._guide.rows(index, count)
+        if guide is self._guide:
+            return self
         part = self._twin()
-        part._guide = self._guide.rows(index, count)
+        part._guide = guide
         return part
 
-    def _formula(self, scheduler: Any) -> Callable[..., Tensor]:
-        config = _config(scheduler)
-        if _is_flow(scheduler):
-            self.prediction = getattr(config, "prediction_type", "flow_prediction")
-            steps = float(config.num_train_timesteps)
-            if self.prediction != "flow_prediction":
-                raise _unknown(self.prediction, "a flow")
-            return lambda x, net, t: x - _like(t, x) * net(x, steps * t)
-        self.prediction = config.prediction_type
-        if _is_edm(scheduler):
-            return self._edm(float(config.sigma_data))
-        convert = _FROM_LEVEL.get(self.prediction)
-        if convert is None:
-            raise _unknown(self.prediction, "a scheduler with alphas_cumprod")
-        continuous = getattr(config, "timestep_type", "discrete") == "continuous"
-        if continuous and self.prediction == "v_prediction":
-            time: Callable[[Tensor], Tensor] = _quarter_log
-        else:
-            time = _Steps(table_levels(scheduler))
-
-        def denoise(y: Tensor, net: Prediction, s: Tensor) -> Tensor:
-            level = as_time(s)
-            scaled = y / _like((1 + level**2).sqrt(), y)
-            return convert(y, _like(level, y), net(scaled, time(level)))
-
-        return denoise
-
-    def _edm(self, data: float) -> Callable[..., Tensor]:
-        sign = {"epsilon": 1.0, "v_prediction": -1.0}.get(self.prediction)
-        if sign is None:
-            raise _unknown(self.prediction, "a scheduler of the EDM family")
-
-        def denoise(y: Tensor, net: Prediction, s: Tensor) -> Tensor:
-            level = as_time(s)
-            total = level**2 + data**2
-            output = net(y / _like(total.sqrt(), y), _quarter_log(level))
-            skip = _like(data**2 / total, y)
-            return skip * y + _like(sign * level * data / total.sqrt(), y) * output
-
-        return denoise
-
-    def _predict(self, x: Tensor, time: Tensor) -> Tensor:
+    def _predict(self, x: Tensor, t: Tensor) -> Tensor:
         """The network's answer in the dtype of ``x``; its time stays in float32."""
-        told = (self._scale * time).to(torch.float32).reshape(-1).expand(len(x))
+        time = (self._scale * t).to(torch.float32).reshape(-1).expand(len(x))
         dtype = network_dtype(self.network) or torch.float32
-        return self._guide(self._call, x.to(dtype), told).to(x.dtype)
+        return self._guide(self._call, x.to(dtype), time).to(x.dtype)
 
     def _call(self, x: Tensor, time: Tensor, **condition: Any) -> Tensor:
         cast = {k: _cast(v, x.dtype) for k, v in condition.items()}
@@ -204,19 +205,52 @@ class DiffusersDenoiser(Denoiser):
         return answer
 
 
-class _Steps:
-    """Fractional training step of a noise level, linear in its logarithm."""
+def _formula(scheduler: Any) -> tuple[str, Callable[..., Tensor]]:
+    """What a network predicts, and how its answer becomes a denoised sample.
 
-    def __init__(self, table: np.ndarray) -> None:
-        self._logs = torch.from_numpy(np.log(table.astype(np.float64)))
+    The formula is given (x, ask, t), with ``ask(x, time)`` the network's answer.
+    """
+    config, time = config_of(scheduler), told(scheduler)
+    if is_flow(scheduler):
+        prediction = getattr(config, "prediction_type", "flow_prediction")
+        if prediction != "flow_prediction":
+            raise _unknown(prediction, "a flow")
+        return prediction, lambda x, ask, t: x - _like(t, x) * ask(x, time(t))
+    prediction = config.prediction_type
+    if is_edm(scheduler):
+        return prediction, _edm_formula(prediction, float(config.sigma_data))
+    convert = _FROM_LEVEL.get(prediction)
+    if convert is None:
+        raise _unknown(prediction, "a scheduler with alphas_cumprod")
+    if prediction == "epsilon" and no_signal_left(scheduler):
+        raise ValueError(
+            "scheduler: no signal is left at its last training step "
+            "(rescale_betas_zero_snr=True), where prediction_type='epsilon' says "
+            "nothing about the sample; make it with prediction_type='v_prediction' if "
+            "that is what the network predicts, or with rescale_betas_zero_snr=False"
+        )
 
-    def __call__(self, level: Tensor) -> Tensor:
-        logs = self._logs.to(level.device)
-        x = torch.log(level.double())
-        low = torch.searchsorted(logs, x.detach().contiguous(), right=True) - 1
-        low = low.clamp(0, len(logs) - 2)
-        step = low + (x - logs[low]) / (logs[low + 1] - logs[low])
-        return step.clamp(0, len(logs) - 1)
+    def denoise(y: Tensor, ask: Callable[..., Tensor], s: Tensor) -> Tensor:
+        level = as_time(s)
+        scaled = y / _like((1 + level**2).sqrt(), y)
+        return convert(y, _like(level, y), ask(scaled, time(level)))
+
+    return prediction, denoise
+
+
+def _edm_formula(prediction: str, data: float) -> Callable[..., Tensor]:
+    sign = {"epsilon": 1.0, "v_prediction": -1.0}.get(prediction)
+    if sign is None:
+        raise _unknown(prediction, "a scheduler of the EDM family")
+
+    def denoise(y: Tensor, ask: Callable[..., Tensor], s: Tensor) -> Tensor:
+        level = as_time(s)
+        total = level**2 + data**2
+        output = ask(y / _like(total.sqrt(), y), torch.log(level) / 4)
+        skip = _like(data**2 / total, y)
+        return skip * y + _like(sign * level * data / total.sqrt(), y) * output
+
+    return denoise
 
 
 _FROM_LEVEL: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -224,10 +258,6 @@ _FROM_LEVEL: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "v_prediction": lambda y, s, o: y / (1 + s**2) - s / (1 + s**2).sqrt() * o,
     "sample": lambda y, s, o: o,
 }
-
-
-def _quarter_log(level: Tensor) -> Tensor:
-    return torch.log(level) / 4
 
 
 def _like(value: Tensor, x: Tensor) -> Tensor:
@@ -238,30 +268,11 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     """Floating tensors of a condition in the network's dtype."""
     if isinstance(value, dict):
         return {name: _cast(inner, dtype) for name, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_cast(inner, dtype) for inner in value)
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.to(dtype)
     return value
-
-
-def _config(scheduler: Any) -> Any:
-    config = getattr(scheduler, "config", None)
-    if config is None or not hasattr(scheduler, "set_timesteps"):
-        raise TypeError(
-            "scheduler: expected a scheduler of diffusers such as pipe.scheduler, got "
-            f"{type(scheduler).__name__}"
-        )
-    return config
-
-
-def _is_flow(scheduler: Any) -> bool:
-    name = type(scheduler).__name__
-    return name.startswith("FlowMatch") or bool(
-        getattr(scheduler.config, "use_flow_sigmas", False)
-    )
-
-
-def _is_edm(scheduler: Any) -> bool:
-    return type(scheduler).__name__.startswith("EDM")
 
 
 def _unknown(prediction: str, of_what: str) -> ValueError:

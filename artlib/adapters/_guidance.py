@@ -1,17 +1,21 @@
 r"""Conditions and classifier-free guidance, shared by the adapters.
 
 With a conditional answer c and an unconditional one u the guided one is
-:math:`u + g (c - u)`; g = 1 is the condition alone, g = 0 none of it. Both are asked
-for in one call on a doubled batch, which counts as one network evaluation.
+:math:`g = u + w (c - u)`; w = 1 is the condition alone, w = 0 none of it. Both are
+asked for in one call on a doubled batch, or one after the other; either counts as one
+network evaluation. A rescaled answer is
+:math:`\varphi\,g\,\mathrm{std}(c) / \mathrm{std}(g) + (1 - \varphi)\,g`, with the
+standard deviation over each sample.
 
 References:
-    Ho and Salimans, https://arxiv.org/abs/2207.12598.
+    Ho and Salimans, https://arxiv.org/abs/2207.12598; Lin et al.,
+    https://arxiv.org/abs/2305.08891, section 3.4 (rescaling).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -21,8 +25,14 @@ from .._checks import finite_float
 from .._rows import Rows, take_rows
 
 Condition: TypeAlias = Mapping[str, Any]
-"""Keyword arguments of a network: tensors with one row, or one per sample, or
-mappings of such tensors; anything else is passed as it is."""
+"""Keyword arguments of a network: tensors with one row, or one per sample; mappings or
+lists of such tensors. Shared ones (`SHARED`) and anything else pass as they are."""
+
+SHARED = frozenset(
+    {"freqs_cis", "image_rotary_emb", "img_ids", "rotary_emb", "txt_ids"}
+)
+"""Arguments of the networks of diffusers that all samples share: positions. Flux has
+had a batch axis before those of tokens, [1 or N, tokens, 3]: then they are rows."""
 
 
 class Guidance:
@@ -32,12 +42,16 @@ class Guidance:
         condition: What the network is given beside state and time, or None.
         unconditional: The same for the unconditional half; needed where ``guidance``
             is not 1.
-        guidance: The factor g, finite.
+        guidance: The factor w, finite.
+        rescale: The share phi, in [0, 1].
+        together: Whether both are asked for in one call.
+        shared: Names, at any depth, of conditions that samples share, beside `SHARED`.
 
     Raises:
-        TypeError: If a condition is no mapping.
+        TypeError: If a condition is no mapping or ``shared`` a single string.
         ValueError: If ``guidance`` is not finite, or asks for an unconditional call
-            that is not given, or the two conditions have different names.
+            that is not given, or the two conditions have different names, or
+            ``rescale`` is outside of [0, 1], or a name in ``shared`` is no condition.
     """
 
     def __init__(
@@ -45,6 +59,10 @@ class Guidance:
         condition: Condition | None,
         unconditional: Condition | None,
         guidance: float,
+        *,
+        rescale: float = 0.0,
+        together: bool = True,
+        shared: Collection[str] = (),
     ) -> None:
         for value, name in (
             (condition, "condition"),
@@ -57,8 +75,26 @@ class Guidance:
                     f"{type(value).__name__}"
                 )
         self.factor = finite_float(guidance, "guidance")
+        self.rescale = finite_float(rescale, "guidance_rescale")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(
+                f"guidance_rescale: expected a share in [0, 1], got {self.rescale}"
+            )
         self.condition = dict(condition or {})
         self.unconditional = None if unconditional is None else dict(unconditional)
+        self.together = bool(together)
+        if isinstance(shared, str):
+            raise TypeError(
+                f"shared: expected a collection of names, got the string {shared!r}; "
+                f"write ({shared!r},)"
+            )
+        unknown = set(shared) - _names(self.condition)
+        if unknown:
+            raise ValueError(
+                f"shared: {sorted(unknown)} are no names of the condition, which has "
+                f"{sorted(_names(self.condition))}"
+            )
+        self.shared = SHARED | set(shared)
         if self.factor == 1:
             return
         if not self.condition or self.unconditional is None:
@@ -71,6 +107,32 @@ class Guidance:
                 f"unconditional: expected the names {sorted(self.condition)} of the "
                 f"condition, got {sorted(self.unconditional)}"
             )
+
+    def rows(self, index: Rows, count: int) -> Guidance:
+        """The guidance of some of the samples; itself if none of it is per sample.
+
+        Args:
+            index: Which samples, a slice or row numbers [n].
+            count: How many there are in all.
+
+        Raises:
+            ValueError: If a condition has neither one row nor ``count``.
+        """
+
+        def cut(value: Tensor, name: str) -> Tensor:
+            if value.shape[0] not in (1, count):
+                raise _wrong_number(value, name, count)
+            return value if value.shape[0] == 1 else take_rows(value, index)
+
+        condition = self._map(self.condition, cut)
+        unconditional = self.unconditional and self._map(self.unconditional, cut)
+        if _same(condition, self.condition) and _same(
+            unconditional, self.unconditional
+        ):
+            return self
+        part = copy.copy(self)
+        part.condition, part.unconditional = condition, unconditional
+        return part
 
     def __call__(
         self,
@@ -91,80 +153,111 @@ class Guidance:
         Raises:
             ValueError: If a condition has neither one row nor N.
         """
-        n = len(x)
-        condition = _rows(self.condition, n, x.device)
+        condition = self._rows(self.condition, x)
         if self.factor == 1 or self.unconditional is None:
             return call(x, time, **condition)
-        both = _join(condition, _rows(self.unconditional, n, x.device))
-        with_it, without = call(
-            torch.cat([x, x]), torch.cat([time, time]), **both
-        ).chunk(2)
-        return without + self.factor * (with_it - without)
+        other = self._rows(self.unconditional, x)
+        if self.together:
+            both = self._join(condition, other)
+            with_it, without = call(
+                torch.cat([x, x]), torch.cat([time, time]), **both
+            ).chunk(2)
+        else:
+            without = call(x, time, **other)
+            with_it = call(x, time, **condition)
+        guided = without + self.factor * (with_it - without)
+        if self.rescale == 0:
+            return guided
+        axes = tuple(range(1, guided.ndim))
+        share = with_it.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+        return guided * (self.rescale * share + (1 - self.rescale))
 
-    def rows(self, index: Rows, count: int) -> Guidance:
-        """The same with the conditions of some of the samples.
+    def _rows(self, condition: Condition, x: Tensor) -> dict[str, Any]:
+        """Every tensor of a condition with a row per sample, on the state's device."""
 
-        Args:
-            index: Which samples, a slice or row numbers [n].
-            count: How many there are in all.
+        def fit(value: Tensor, name: str) -> Tensor:
+            n = len(x)
+            if value.shape[0] not in (1, n):
+                raise _wrong_number(value, name, n)
+            return value.to(x.device).expand(n, *value.shape[1:])
 
-        Raises:
-            ValueError: If a condition has neither one row nor ``count``.
-        """
-        part = copy.copy(self)
-        part.condition = _take(self.condition, index, count)
-        if self.unconditional is not None:
-            part.unconditional = _take(self.unconditional, index, count)
-        return part
+        def move(value: Tensor) -> Tensor:
+            return value.to(x.device)
+
+        return self._map(condition, fit, move)
+
+    def _map(
+        self,
+        condition: Condition,
+        per_sample: Callable[[Tensor, str], Tensor],
+        common: Callable[[Tensor], Tensor] = lambda value: value,
+    ) -> dict[str, Any]:
+        """A condition with functions of what is per sample and of what is shared."""
+
+        def apply(value: Any, name: str) -> Any:
+            if isinstance(value, Mapping):
+                return {k: apply(v, k) for k, v in value.items()}
+            if type(value) in (list, tuple):
+                return type(value)(apply(v, name) for v in value)
+            if not isinstance(value, Tensor):
+                return value
+            return (
+                common(value)
+                if self.is_shared(value, name)
+                else per_sample(value, name)
+            )
+
+        return {name: apply(value, name) for name, value in condition.items()}
+
+    def is_shared(self, value: Tensor, name: str) -> bool:
+        """Whether samples share a tensor, or it has a row per sample (or one row)."""
+        if name in ("img_ids", "txt_ids") and value.ndim == 3:
+            return False
+        return value.ndim == 0 or name in self.shared
+
+    def _join(self, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+        """Two conditions one after the other, name by name."""
+
+        def join(a: Any, b: Any, name: str) -> Any:
+            if isinstance(a, dict):
+                return {k: join(v, b[k], k) for k, v in a.items()}
+            if type(a) in (list, tuple):
+                return type(a)(join(v, w, name) for v, w in zip(a, b, strict=True))
+            if not isinstance(a, Tensor) or self.is_shared(a, name):
+                return a
+            if a.shape != b.shape:
+                raise ValueError(
+                    f"unconditional: {name!r} has shape {tuple(b.shape)} and that of "
+                    f"the condition {tuple(a.shape)}, which do not go into one call; "
+                    "pad them alike, or ask for them one by one with together=False"
+                )
+            return torch.cat([a, b])
+
+        return {name: join(value, second[name], name) for name, value in first.items()}
 
 
-def _take(condition: Condition, index: Rows, count: int) -> dict[str, Any]:
-    """Some rows of every tensor that has one for each of ``count`` samples."""
-    taken: dict[str, Any] = {}
-    for name, value in condition.items():
+def _wrong_number(value: Tensor, name: str, count: int) -> ValueError:
+    return ValueError(
+        f"condition: {name!r} has shape {tuple(value.shape)}, expected one row or as "
+        f"many as there are samples, {count}; name it in shared=({name!r},) if all "
+        "samples share it, or take the denoiser of some of its rows with "
+        "denoiser.rows(slice(first, last), of_all)"
+    )
+
+
+def _names(condition: Condition) -> set[str]:
+    """The names in a condition, at any depth."""
+    found = set(condition)
+    for value in condition.values():
         if isinstance(value, Mapping):
-            taken[name] = _take(value, index, count)
-        elif _per_sample(name, value, count):
-            taken[name] = take_rows(value, index)
-        else:
-            taken[name] = value
-    return taken
+            found |= _names(value)
+    return found
 
 
-def _per_sample(name: str, value: Any, n: int) -> bool:
-    """Whether a condition has a row for each of ``n`` samples, and not one for all."""
-    if not isinstance(value, Tensor):
-        return False
-    if not value.ndim or value.shape[0] not in (1, n):
-        raise ValueError(
-            f"condition: {name!r} has shape {tuple(value.shape)}, expected one row "
-            f"or as many as there are samples, {n}"
-        )
-    return value.shape[0] == n
-
-
-def _rows(condition: Condition, n: int, device: torch.device) -> dict[str, Any]:
-    """Every tensor of a condition with ``n`` rows, on the state's device."""
-    rows: dict[str, Any] = {}
-    for name, value in condition.items():
-        if isinstance(value, Mapping):
-            rows[name] = _rows(value, n, device)
-        elif not isinstance(value, Tensor):
-            rows[name] = value
-        else:
-            _per_sample(name, value, n)
-            rows[name] = value.to(device).expand(n, *value.shape[1:])
-    return rows
-
-
-def _join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Two conditions one after the other, name by name."""
-    joined: dict[str, Any] = {}
-    for name, value in first.items():
-        if isinstance(value, dict):
-            joined[name] = _join(value, second[name])
-        elif isinstance(value, Tensor):
-            joined[name] = torch.cat([value, second[name]])
-        else:
-            joined[name] = value
-    return joined
+def _same(a: Any, b: Any) -> bool:
+    """Whether two conditions hold the very same tensors."""
+    if isinstance(a, Mapping):
+        return all(_same(value, b[name]) for name, value in a.items())
+    if type(a) in (list, tuple):
+        return all(_same(v, w) for v, w in zip(a, b, strict=True))
+    return a is b
