@@ -491,7 +491,7 @@ def test_improvement_gains_what_it_foretells(p: float) -> None:
     improved = slope / (2 * stiffness(x, level))
     np.testing.assert_allclose(improved, mean(t, x, level, price(p)), rtol=1e-4)
 
-    played = play(price(p), 20_000, 0.0, start, t=t, noisy=False)
+    played = play(price(p), 6_000, 0.0, start, t=t, noisy=False)
     gain = np.zeros(12)
     for k, dt in enumerate(np.diff(played.t)[:-1]):
         at = (played.t[k], played.x[k], played.level[k])
