@@ -55,7 +55,7 @@ def check_process(process: Any, name: str = "process") -> Process:
     remedy = "pass artlib.VE(), artlib.VP(), artlib.RectifiedFlow() or your own Process"
     if isinstance(process, type) and issubclass(process, Process):
         remedy = f"call it: {process.__name__}()"
-    raise TypeError(f"{name}: expected a noising process, got {got(process)}; {remedy}")
+    raise TypeError(f"{name}: expected an artlib process, got {got(process)}; {remedy}")
 
 
 class Process(ABC):

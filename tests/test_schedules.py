@@ -1008,7 +1008,7 @@ def test_values_check_what_their_makers_check_and_are_refused():
         )
     with pytest.raises(TypeError, match="time_change: expected a TimeChange"):
         Schedule(process, [80.0, 0.0], "free", "", text)
-    with pytest.raises(TypeError, match=r"process: expected a noising process.*VE\(\)"):
+    with pytest.raises(TypeError, match=r"process: expected an artlib process.*VE\(\)"):
         Schedule(VE, table, "free", "", text)
     for name in ("edm\x1b]0;title\x07", "a\nb", "\x9b31m", "\u2028"):
         with pytest.raises(ValueError, match="name: holds"):

@@ -388,7 +388,7 @@ def test_parameters_that_are_no_numbers_are_refused_by_name(bad: Any) -> None:
     [
         (lambda: Gaussian([[0.0], 1.0], [[1.0]]), "mean: .*different lengths"),
         (lambda: FULL.denoiser(VE), r"process: .*call it: VE\(\)"),
-        (lambda: FULL.sample_prior("ve", 3), "process: expected a noising process"),
+        (lambda: FULL.sample_prior("ve", 3), "process: expected an artlib process"),
         (lambda: FULL.sample(True), "n: expected an integer, got True"),
         (lambda: FULL.sample(2.0), r"n: expected an integer, got 2\.0 of type float"),
         (lambda: FULL.sample(2, seed=None), "seed: .*got None; pass seed=0"),
