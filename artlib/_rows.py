@@ -4,7 +4,7 @@ A denoiser may know its samples one by one: a class label or a prompt for each r
 Whoever takes some of the rows has to take their conditions too. The protocol is one
 optional method of a denoiser,
 
-``rows(index, count)``: the same denoiser for the samples ``index`` of ``count``,
+``rows(index)``: the same denoiser for the samples ``index``,
 
 where ``index`` is a slice or a tensor of row numbers, and conditions of one row stay as
 they are. The library's own wrappers pass it on. A denoiser without it is called on
@@ -43,19 +43,16 @@ class _Counter(Protocol):
 F = TypeVar("F", bound=_Flow)
 
 
-def rows_of(denoiser: DenoiserFn, index: Rows, count: int) -> DenoiserFn:
-    """A denoiser for some of its samples; see the module.
+def rows_of(denoiser: DenoiserFn, index: Rows) -> DenoiserFn:
+    """A denoiser for some of its samples; itself where it has no method ``rows``.
 
     Args:
-        denoiser: Any callable D(x, t), with or without a method ``rows``.
+        denoiser: Any callable D(x, t).
         index: Which samples.
-        count: How many there are in all.
     """
     rows = getattr(denoiser, "rows", None)
-    if callable(rows):
-        part: DenoiserFn = rows(index, count)
-        return part
-    return Part(denoiser, count)
+    part: DenoiserFn = rows(index) if callable(rows) else denoiser
+    return part
 
 
 def take_rows(value: Tensor, index: Rows) -> Tensor:
@@ -100,15 +97,17 @@ def in_batches(
 
 
 class Part:
-    """A denoiser without ``rows``, called on a part of its samples.
+    """A denoiser on a part of its samples, with an eye on what it fails on.
 
     Args:
-        denoiser: The denoiser of all samples.
-        count: How many there are.
+        denoiser: The denoiser of the part.
+        whole: That of all samples.
+        count: How many those are.
     """
 
-    def __init__(self, denoiser: DenoiserFn, count: int) -> None:
+    def __init__(self, denoiser: DenoiserFn, whole: DenoiserFn, count: int) -> None:
         self.denoiser = denoiser
+        self._whole = whole
         self._count = count
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
@@ -125,16 +124,16 @@ class Part:
             raise self._needs_rows(len(x), f"it returned {tuple(denoised.shape)}")
         return denoised
 
-    def rows(self, index: Rows, count: int) -> Part:
+    def rows(self, index: Rows) -> Part:
         """The same on a part of the part; it still knows of the whole."""
-        return self
+        return Part(rows_of(self.denoiser, index), self._whole, self._count)
 
     def _takes_all(self, x: Tensor, t: Tensor) -> bool:
         """Whether the denoiser works on as many rows as there are samples in all."""
         index = torch.arange(self._count, device=x.device) % len(x)
         time = t[index] if t.ndim and len(t) == len(x) else t
         try:
-            self.denoiser(x[index], time)
+            self._whole(x[index], time)
         except Exception:
             return False
         return True
@@ -142,7 +141,7 @@ class Part:
     def _needs_rows(self, part: int, why: str) -> ValueError:
         return ValueError(
             f"denoiser: it takes {self._count} samples and not {part}, as if it "
-            "held a condition for each; give it a method rows(index, count) that "
+            "held a condition for each; give it a method rows(index) that "
             "returns the denoiser with the conditions of these rows, as "
             "artlib.adapters.diffusers.denoiser(condition=...) has, or one condition "
             f"for all samples ({why})"

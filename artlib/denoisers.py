@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from ._ask import Ask, exact_time, network_dtypes, unwrap
 from ._checks import finite_float
 from ._precision import at_least_single
-from ._rows import Part, Rows, rows_of
+from ._rows import Rows, rows_of
 from ._types import DenoiserFn
 from .processes import Process
 
@@ -89,17 +89,16 @@ class Denoiser(nn.Module):
             predict = partial(self._narrow, x.dtype)
         return self._convert(wide, predict, t).to(x.dtype)
 
-    def rows(self, index: Rows, count: int) -> DenoiserFn:
-        """The same denoiser for some of the samples; the network is shared.
+    def rows(self, index: Rows) -> Denoiser:
+        """The same denoiser for some of the samples; a network's ``rows`` are asked.
 
         Args:
             index: Which samples, a slice or row numbers [n].
-            count: How many there are in all.
         """
-        if not callable(getattr(self.network, "rows", None)):
-            return Part(self, count)
+        network = rows_of(self.network, index)
+        if network is self.network:
+            return self
         part = self._twin()
-        network = rows_of(self.network, index, count)
         del part.network  # a child module gives way to a plain callable only so
         part.network = network
         return part
@@ -308,14 +307,13 @@ class CountNFE:
         """Set the count to 0."""
         self.nfe = 0
 
-    def rows(self, index: Rows, count: int) -> DenoiserFn:
+    def rows(self, index: Rows) -> DenoiserFn:
         """The denoiser for some of the samples; what it does is counted here.
 
         Args:
             index: Which samples, a slice or row numbers [n].
-            count: How many there are in all.
         """
-        return _CountedPart(self, rows_of(self.denoiser, index, count))
+        return _CountedPart(self, rows_of(self.denoiser, index))
 
 
 class _CountedPart:
@@ -329,5 +327,5 @@ class _CountedPart:
         self._whole.nfe += 1
         return self.denoiser(x, t)
 
-    def rows(self, index: Rows, count: int) -> _CountedPart:
-        return _CountedPart(self._whole, rows_of(self.denoiser, index, count))
+    def rows(self, index: Rows) -> _CountedPart:
+        return _CountedPart(self._whole, rows_of(self.denoiser, index))

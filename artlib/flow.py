@@ -36,7 +36,7 @@ from ._path_derivative import Acceleration, PathDerivative, derivative_matrix
 from ._precision import at_least_single, full_precision
 from ._reference_path import Trajectory, integrate
 from ._repeatable import Doubts, repeatable
-from ._rows import Rows, rows_of
+from ._rows import Part, Rows, rows_of
 from ._types import DenoiserFn, TimeLike
 from .denoisers import casts_itself, uncounted
 from .processes import VE, Process
@@ -119,7 +119,7 @@ class ProbabilityFlow:
         """The same flow for some of its samples, with their conditions.
 
         A denoiser that holds a condition for each sample says how they are taken
-        apart by a method ``rows(index, count)``, which returns the denoiser of these
+        apart by a method ``rows(index)``, which returns the denoiser of these
         rows; those of `artlib.adapters` have it. One without it is kept as it is.
 
         Args:
@@ -130,7 +130,7 @@ class ProbabilityFlow:
             A flow to call with states [n, *shape] of these samples.
         """
         flow = copy.copy(self)
-        flow.denoiser = rows_of(self.denoiser, index, count)
+        flow.denoiser = Part(rows_of(self.denoiser, index), self.denoiser, count)
         return flow
 
     def watched(
@@ -389,8 +389,9 @@ class _InVE:
         t = process.inverse_noise_level(exact_time(level, y))
         return self._flow.denoise(_scale(process.alpha(t), y) * y, t)
 
-    def rows(self, index: Rows, count: int) -> _InVE:
-        return _InVE(self._flow.rows(index, count))
+    def rows(self, index: Rows) -> _InVE:
+        part = rows_of(self._flow.denoiser, index)
+        return _InVE(self._flow.with_denoiser(part))
 
 
 def _scale(coefficient: Tensor, x: Tensor) -> Tensor:

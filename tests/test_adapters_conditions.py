@@ -109,7 +109,7 @@ def test_names_can_be_shared() -> None:
     net = denoiser(network, ddim(), condition=given, shared=("grid",))
     net(noise(2, 3), HALF)
     assert torch.equal(network.given["added"]["grid"], given["added"]["grid"])
-    assert net.rows(slice(1, 2), 2)(noise(1, 3), HALF).shape == (1, 3)
+    assert net.rows(slice(1, 2))(noise(1, 3), HALF).shape == (1, 3)
     assert network.given["added"]["grid"].shape == (2, 3)
     assert network.given["added"]["rows"].shape == (1, 3)
 
@@ -138,16 +138,16 @@ def test_rows_of_samples_keep_their_conditions(
     whole = net(x, HALF)
     near = {"rtol": 1e-5, "atol": 1e-6}  # the network works in float32
     for index in (slice(0, 4), slice(4, 6), slice(5, 6), slice(None, None, 2)):
-        part = net.rows(index, 6)
+        part = net.rows(index)
         torch.testing.assert_close(part(x[index], HALF), whole[index], **near)
         assert part.network is net.network
         assert part.process == net.process
-    again = net.rows(slice(2, 6), 6).rows(slice(1, 3), 4)
+    again = net.rows(slice(2, 6)).rows(slice(1, 3))
     torch.testing.assert_close(again(x[3:5], HALF), whole[3:5], **near)
     # Nothing to be cut: the denoiser itself.
     common = denoiser(Echo(), ddim(), condition={"class_labels": torch.tensor([3])})
-    assert common.rows(slice(0, 2), 2) is common
-    assert denoiser(Echo(), ddim()).rows(slice(0, 2), 2) is not None
+    assert common.rows(slice(0, 2)) is common
+    assert denoiser(Echo(), ddim()).rows(slice(0, 2)) is not None
 
 
 def test_two_calls_are_one() -> None:

@@ -169,21 +169,17 @@ class DiffusersDenoiser(Denoiser):
         self._guide = guide
         self._scale = timestep_scale
 
-    def rows(self, index: Rows, count: int) -> DiffusersDenoiser:
+    def rows(self, index: Rows) -> DiffusersDenoiser:
         """The denoiser of some of the samples, for a batch that is worked on in parts.
 
         Args:
             index: Which samples, a slice or row numbers [n]; their rows of the
                 conditions that have one per sample.
-            count: How many samples there are in all.
 
         Returns:
             A denoiser around the same network; itself where all conditions are shared.
-
-        Raises:
-            ValueError: If a condition has neither one row nor ``count``.
         """
-        guide = self._guide.rows(index, count)
+        guide = self._guide.rows(index)
         if guide is self._guide:
             return self
         part = self._twin()

@@ -108,20 +108,14 @@ class Guidance:
                 f"condition, got {sorted(self.unconditional)}"
             )
 
-    def rows(self, index: Rows, count: int) -> Guidance:
+    def rows(self, index: Rows) -> Guidance:
         """The guidance of some of the samples; itself if none of it is per sample.
 
         Args:
             index: Which samples, a slice or row numbers [n].
-            count: How many there are in all.
-
-        Raises:
-            ValueError: If a condition has neither one row nor ``count``.
         """
 
         def cut(value: Tensor, name: str) -> Tensor:
-            if value.shape[0] not in (1, count):
-                raise _wrong_number(value, name, count)
             return value if value.shape[0] == 1 else take_rows(value, index)
 
         condition = self._map(self.condition, cut)
@@ -240,8 +234,8 @@ def _wrong_number(value: Tensor, name: str, count: int) -> ValueError:
     return ValueError(
         f"condition: {name!r} has shape {tuple(value.shape)}, expected one row or as "
         f"many as there are samples, {count}; name it in shared=({name!r},) if all "
-        "samples share it, or take the denoiser of some of its rows with "
-        "denoiser.rows(slice(first, last), of_all)"
+        "samples share it, or take the samples that belong to its rows with "
+        "denoiser.rows(slice(first, last))"
     )
 
 

@@ -112,21 +112,15 @@ class EDMDenoiser(Denoiser):
         self._check_labels(class_labels)
         self.register_buffer("class_labels", class_labels, persistent=False)
 
-    def rows(self, index: Rows, count: int) -> EDMDenoiser:
+    def rows(self, index: Rows) -> EDMDenoiser:
         """The same with the labels of some of the samples.
 
         Args:
             index: Which samples, a slice or row numbers [n].
-            count: How many there are in all.
-
-        Raises:
-            ValueError: If there is neither one row of labels nor ``count``.
         """
         labels: Any = self.class_labels
         if labels is None or labels.shape[0] == 1:
             return self
-        if labels.shape[0] != count:
-            raise _wrong_number(labels, count)
         part = self._twin()
         part.class_labels = take_rows(labels, index)
         return part
@@ -162,17 +156,13 @@ class EDMDenoiser(Denoiser):
             if getattr(network, "label_dim", None) == 0:
                 labels = None
             elif labels.shape[0] not in (1, len(x)):
-                raise _wrong_number(labels, len(x))
+                raise ValueError(
+                    f"class_labels: {labels.shape[0]} rows for {len(x)} samples; give "
+                    "one row, or one per sample"
+                )
             else:
                 labels = labels.to(x.device).expand(len(x), -1)
         dtype = network_dtype(network) or x.dtype
         told = sigma.to(torch.float32).to(x.device).repeat(len(x) // len(sigma))
         # Copies: a network may scale its input, or its time, in place.
         return network(x.to(dtype, copy=True), told, labels).to(x.dtype)
-
-
-def _wrong_number(labels: Tensor, count: int) -> ValueError:
-    return ValueError(
-        f"class_labels: {labels.shape[0]} rows for {count} samples; give one row, or "
-        "one per sample"
-    )
