@@ -134,7 +134,7 @@ class Ask:
         dtypes: Sequence[torch.dtype],
         *,
         trial: DenoiserFn | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """``network(x, t)``.
 
         Args:
@@ -169,7 +169,7 @@ class Ask:
         dtypes: list[torch.dtype],
         failed: tuple[torch.dtype, torch.dtype],
         error: Exception,
-    ) -> Tensor:
+    ) -> Any:
         """Find out what the network would have taken; what it may be given, it gets."""
         about_dtype = bool(_ABOUT_DTYPE.search(str(error)))
         known = [(d, time) for d in dtypes for time in {at_least_single(d): 0, d: 0}]
@@ -209,7 +209,7 @@ class Ask:
 
 def _call(
     network: DenoiserFn, x: Tensor, t: Tensor, dtype: torch.dtype, time: torch.dtype
-) -> Tensor:
+) -> Any:
     told = t.to(time, copy=True).to(x.device)
     if told.ndim == 0 and any(isinstance(f, nn.DataParallel) for f in unwrap(network)):
         # It deals its arguments out along their first axis.
@@ -219,7 +219,7 @@ def _call(
 
 def _try(
     network: DenoiserFn, x: Tensor, t: Tensor, kinds: tuple[torch.dtype, torch.dtype]
-) -> Tensor | None:
+) -> Any:
     """The network's answer, or None where it raises."""
     try:
         return _call(network, x, t, *kinds)

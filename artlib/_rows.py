@@ -126,7 +126,11 @@ class Part:
 
     def rows(self, index: Rows) -> Part:
         """The same on a part of the part; it still knows of the whole."""
-        return Part(rows_of(self.denoiser, index), self._whole, self._count)
+        return self.around(rows_of(self.denoiser, index))
+
+    def around(self, denoiser: DenoiserFn) -> Part:
+        """The same around another callable for these rows."""
+        return Part(denoiser, self._whole, self._count)
 
     def _takes_all(self, x: Tensor, t: Tensor) -> bool:
         """Whether the denoiser works on as many rows as there are samples in all."""

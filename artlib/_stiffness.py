@@ -200,7 +200,7 @@ class StiffnessTable:
             )
         if not bool((self.values > 0).any()):
             raise ValueError("values: all paths are straight, any schedule fits them")
-        part, total = torch.arange(paths) % folds, 0.0
+        part, total = torch.arange(paths, device="cpu") % folds, 0.0
         for k in range(folds):
             known, new = (
                 replace(self, values=self.values[rows])
@@ -290,7 +290,7 @@ class StiffnessTable:
             (length[-1] - length).numpy()[::-1],
         )
         left = self.span - as_time(clock).cpu()
-        return -(torch.as_tensor(to_go) ** power) / left**self.order
+        return -(torch.as_tensor(to_go, device="cpu") ** power) / left**self.order
 
     def cumulative(self, integrand: Tensor) -> Tensor:
         """Trapezoids of rows [N, FINE] from t_max down, starting at 0."""

@@ -144,7 +144,7 @@ def _norm_gains(
     directions = torch.linalg.qr(random)[0].to(path.states)
     end = directions.permute(2, 0, 1).reshape(count, n, *shape)
     unit = _normalised(vectors)
-    squares = torch.zeros(vectors.shape[:2]).to(vectors)
+    squares = vectors.new_zeros(vectors.shape[:2])
     for k, adjoint in _adjoints(flow, path, end):
         squares[k] = ((adjoint * unit[k]).flatten(2).sum(2) ** 2).sum(0)
     # The mean of this root over directions is |w|, not only that of its square.
@@ -163,7 +163,7 @@ def _dual_gains(
 ) -> Tensor:
     r"""|<J^T e, Q>| / |Q| per sample and step [N, n], e the direction of ``error``."""
     unit = _normalised(vectors)
-    gains = torch.zeros(vectors.shape[:2]).to(vectors)
+    gains = vectors.new_zeros(vectors.shape[:2])
     for k, adjoint in _adjoints(flow, path, _normalised(error[None])):
         gains[k] = (adjoint[0] * unit[k]).flatten(1).sum(1).abs()
     return gains.T

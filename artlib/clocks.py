@@ -96,7 +96,7 @@ class ExactClock(Clock):
     ) -> None:
         self.steps = positive_int(steps, "steps")
         self._options = {"points": points, "method": method, "batch": batch}
-        self._grids = torch.zeros(0, 0)
+        self._grids = torch.zeros(0, 0, device="cpu")
 
     def start(self, flow: ProbabilityFlow, x_T: Tensor) -> None:
         from .control import stiffness_table  # control imports schedules and tables
@@ -155,8 +155,8 @@ class PredictedClock(Clock):
     def advance(self, k: int, t: Tensor, x: Tensor, denoised: Tensor) -> Tensor:
         if k == self.steps - 1:
             return torch.zeros_like(t)
-        shift = torch.zeros(len(t), 1, dtype=torch.float64)
-        place = torch.zeros(len(t), dtype=torch.long)
+        shift = torch.zeros(len(t), 1, dtype=torch.float64, device="cpu")
+        place = torch.zeros(len(t), dtype=torch.long, device="cpu")
         if self._last is not None:
             before, old = self._last
             column = (t + before).reshape(-1, *[1] * (x.ndim - 1)) / 2

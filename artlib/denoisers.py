@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from ._ask import Ask, exact_time, network_dtypes, unwrap
 from ._checks import finite_float
 from ._precision import at_least_single
-from ._rows import Rows, rows_of
+from ._rows import Part, Rows, rows_of
 from ._types import DenoiserFn
 from .processes import Process
 
@@ -137,9 +137,11 @@ def casts_itself(denoiser: DenoiserFn) -> bool:
 
 
 def uncounted(denoiser: DenoiserFn) -> DenoiserFn:
-    """What is inside of the counters around a denoiser."""
-    while isinstance(denoiser, CountNFE):
-        denoiser = denoiser.denoiser
+    """What is inside of the counters around a denoiser, or around a part of one."""
+    if isinstance(denoiser, CountNFE):
+        return uncounted(denoiser.denoiser)
+    if isinstance(denoiser, Part):
+        return denoiser.around(uncounted(denoiser.denoiser))
     return denoiser
 
 

@@ -150,7 +150,9 @@ def _free(schedule: Schedule, problem: _Problem, start: Tensor) -> Tensor:
 
     From a node at t_min no gradient leads back: the gap behind it is nothing.
     """
-    clock = torch.linspace(0, schedule.horizon, len(start), dtype=torch.float64)
+    clock = torch.linspace(
+        0, schedule.horizon, len(start), dtype=torch.float64, device="cpu"
+    )
     unpinned = schedule.time(clock)
     unpinned[-1] = 0.0
     return min((start, unpinned), key=problem.value)
@@ -208,7 +210,7 @@ class _Problem:
         except ValueError as error:
             if "NaN or infinite" not in str(error):
                 raise
-            return torch.tensor(math.inf, dtype=torch.float64)
+            return torch.tensor(math.inf, dtype=torch.float64, device="cpu")
         return (y - reference).square().mean()
 
     def mean_error(self, nodes: Tensor, noise: _Noise) -> float:
@@ -227,7 +229,7 @@ class _Problem:
         total, slopes = 0.0, []
         for share, noise in self.parts(self.moving):
             with torch.enable_grad():
-                logits = torch.tensor(z, requires_grad=True)
+                logits = torch.tensor(z, requires_grad=True, device="cpu")
                 error = self.run(_from_logits(self.flow.process, logits), noise)
                 size = float(error.detach())
                 total += share * size

@@ -80,7 +80,7 @@ class JumpCosts:
                 f"times: expected candidates descending from t_max = "
                 f"{self.process.t_max:.6g} to 0, got {ends[0]:.6g} ... {ends[1]:.6g}"
             )
-        above = self.costs[torch.ones(n, n).triu(1).bool()]
+        above = self.costs[torch.ones(n, n, device="cpu").triu(1).bool()]
         require_finite(above, "costs", "check the denoiser near t_min and t_max")
         if bool((above < 0).any()):
             raise ValueError("costs: expected numbers >= 0 above the diagonal")
@@ -118,7 +118,9 @@ class JumpCosts:
                 "them with more points"
             )
         infinite = torch.full_like(self.costs, torch.inf)
-        costs = torch.where(torch.ones(n, n).triu(1).bool(), self.costs, infinite)
+        costs = torch.where(
+            torch.ones(n, n, device="cpu").triu(1).bool(), self.costs, infinite
+        )
         # Least cost of reaching each candidate in k steps, and from where.
         reached, came_from = costs[0], []
         for _ in range(K - 1):
@@ -167,7 +169,7 @@ def euler_jumps(
     counted = flow.with_denoiser(counter)
     times = table_times(flow.process, points)
     nodes = torch.cat([times, times.new_zeros(1)])
-    costs = torch.zeros(points + 1, points + 1, dtype=torch.float64)
+    costs = torch.zeros(points + 1, points + 1, dtype=torch.float64, device="cpu")
     for part, (x,) in in_batches(counted, [x_T], batch, counter=counter):
         path, share = part.trajectory(x, times, method=method), len(x) / len(x_T)
         ends = torch.cat([path.states, path.denoised[-1:]])
@@ -220,9 +222,11 @@ def girsanov(
     x_0, points = check_samples(x_0, "x_0"), positive_int(points, "points", minimum=5)
     process, times = flow.process, table_times(flow.process, points)
     rng = generator(seed)
-    noise = torch.randn(x_0.shape, generator=rng, dtype=torch.float64).to(x_0.device)
+    noise = torch.randn(
+        x_0.shape, generator=rng, dtype=torch.float64, device=rng.device
+    ).to(x_0.device)
     batch = None if batch is None else positive_int(batch, "batch")
-    loss = torch.zeros(points, dtype=torch.float64)
+    loss = torch.zeros(points, dtype=torch.float64, device="cpu")
     for part, (clean, eps) in in_batches(flow, [x_0, noise], batch):
         for k, t in enumerate(times):
             a, s = float(process.alpha(t)), float(process.sigma(t))
@@ -278,7 +282,9 @@ def girsanov_bound(
     require_finite(log_levels, "grid", "start it where there is signal left")
     total = 0.0
     for upper, lower in pairwise(log_levels.tolist()):
-        log_level = torch.linspace(lower, upper, points, dtype=torch.float64)
+        log_level = torch.linspace(
+            lower, upper, points, dtype=torch.float64, device="cpu"
+        )
         level = log_level.exp()
         m = loss(level)
         total += float(torch.trapezoid((m[-1] - m) / level**2, log_level))

@@ -534,7 +534,7 @@ def test_network_in_its_dtype_state_in_its_own(dtype: torch.dtype) -> None:
         assert out.dtype == F64
         scale = float(reference.abs().max())
         torch.testing.assert_close(out, reference, rtol=rtol, atol=rtol * scale)
-    assert set(seen) == {(dtype, dtype)}
+    assert set(seen) == {(dtype, torch.float32)}  # half a time would be another time
     assert flow.velocity(x.float(), 1.3).dtype == torch.float32
     assert flow.stiffness(x.float(), 1.3).dtype == torch.float32
 
