@@ -113,6 +113,8 @@ def test_the_majority_decides_and_what_fails_is_corrected() -> None:
     assert network_dtype(big) == torch.bfloat16
 
 
+# torch.compile imports what torch itself calls old.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_the_dtype_is_found_behind_wrappers() -> None:
     network = Linear(torch.bfloat16)
 
@@ -137,7 +139,7 @@ def test_a_hidden_dtype_is_named_and_refused(dtype: torch.dtype) -> None:
     network = Linear(dtype)
     hidden = {
         "bare": lambda x, t: network(x, t),
-        "wrapped": artlib.from_epsilon(VE(), lambda x, t: network(x, t)),
+        "wrapped": artlib.from_x0(VE(), lambda x, t: network(x, t)),
     }
     for denoiser in hidden.values():
         flow = artlib.ProbabilityFlow(VE(), denoiser)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -345,6 +346,103 @@ def test_a_flat_start_settles_nothing() -> None:
     with pytest.warns(ForwardModeWarning):
         q = flow.stiffness(torch.full((2, 3), 0.7, dtype=F64), 0.5)
     assert float(q.min()) > 0
+
+
+# Networks that know their time in steps only.
+
+
+def stairs(t: Tensor) -> Tensor:
+    return (t * 1000).floor() / 1000 + 5e-4
+
+
+STEPPED: dict[str, Callable[[Tensor], Tensor]] = {
+    "rounds": lambda t: (t * 1000).round() / 1000,
+    "floors": stairs,
+    "looks up": lambda t: torch.linspace(0, 1, 1001, dtype=F64)[(t * 1000).long()],
+    "detaches": lambda t: t.detach(),
+    "leaves torch": lambda t: torch.tensor(t.detach().tolist(), dtype=F64),
+}
+
+
+def stepped(kind: str | None, method: Any, process: Process | None = None) -> Any:
+    process = process or VP()
+    exact = GAUSSIAN.denoiser(process)
+
+    def epsilon(x: Tensor, t: Tensor) -> Tensor:
+        t = t if kind is None else STEPPED[kind](t)
+        return (x - process.alpha(t) * exact(x, t)) / process.sigma(t)
+
+    return ProbabilityFlow(process, from_epsilon(process, epsilon), acceleration=method)
+
+
+@pytest.mark.parametrize("points", [24, 64])
+@pytest.mark.parametrize("kind", STEPPED)
+def test_a_network_that_knows_steps_only_is_found_along_a_path(
+    kind: str, points: int
+) -> None:
+    x = GAUSSIAN.sample_prior(VP(), 16, seed=0)
+    times = table_times(VP(), points)
+
+    def table(flow: ProbabilityFlow) -> Tensor:
+        return flow.path_stiffness(flow.trajectory(x, times))
+
+    flow = stepped(kind, "auto")
+    with pytest.warns(ForwardModeWarning):
+        found = table(flow)
+    assert flow.acceleration_method == "difference"
+    assert torch.equal(found, table(stepped(kind, "difference")))
+    with pytest.raises(RuntimeError, match='acceleration="difference"'):
+        table(stepped(kind, "jvp"))
+    smooth = stepped(None, "auto")
+    table(smooth)
+    assert smooth.acceleration_method == "jvp"
+
+
+@pytest.mark.parametrize("method", ["auto", "difference"])
+@pytest.mark.parametrize("kind", STEPPED)
+def test_a_network_that_knows_steps_only_is_found_at_a_point(
+    kind: str, method: Any
+) -> None:
+    for t in (0.9, 0.5, 0.25):
+        x = GAUSSIAN.flow_map(VP(), GAUSSIAN.sample_prior(VP(), 16, seed=0), 1.0, t)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ForwardModeWarning)
+            found = stepped(kind, method).stiffness(x, t)
+        expected = gaussian_acceleration(VP(), x, t).norm(dim=1)
+        torch.testing.assert_close(found, expected, rtol=0.25, atol=0)
+
+
+def test_auto_falls_back_at_a_later_call_too() -> None:
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        if float(t) < 1.0:
+            return rejects(x)
+        return torch.tanh(x / (1 + t**2).sqrt())
+
+    x = torch.linspace(-1, 1, 6, dtype=F64).reshape(2, 3)
+    flow = ProbabilityFlow(VE(), denoiser)
+    flow.stiffness(x, 1.3)
+    assert flow.acceleration_method == "jvp"
+    with pytest.warns(ForwardModeWarning):
+        flow.stiffness(x, 0.9)
+    assert flow.acceleration_method == "difference"
+
+
+# Threads.
+
+
+def test_many_threads_find_what_one_finds() -> None:
+    x = GAUSSIAN.sample_prior(VE(), 8, seed=0)
+    times = table_times(VE(), 12)
+
+    def table(flow: ProbabilityFlow) -> Tensor:
+        return flow.path_stiffness(flow.trajectory(x, times))
+
+    make = lambda: ProbabilityFlow(VE(), GAUSSIAN.denoiser(VE()))  # noqa: E731
+    expected, shared = table(make()), make()
+    with ThreadPoolExecutor(6) as pool:
+        for flow in (make, lambda: shared):
+            for found in pool.map(lambda _, flow=flow: table(flow()), range(12)):
+                assert torch.equal(found, expected)
 
 
 def test_attention_falls_back_if_its_kernel_has_no_forward_mode() -> None:
@@ -766,6 +864,31 @@ def test_a_denoiser_that_returns_nan_is_named() -> None:
     flow = ProbabilityFlow(VE(), denoiser)
     with pytest.raises(ValueError, match="denoiser"):
         flow.trajectory(torch.ones(2, 3), [2.0, 1.6, 1.0, 0.5])
+
+
+def test_dopri5_names_a_nan_and_gives_up() -> None:
+    def nan(x: Tensor, t: Tensor) -> Tensor:
+        return torch.where(t > 40, x, torch.nan)
+
+    x, times = GAUSSIAN.sample_prior(VE(), 4), [80.0, 1.0, 0.1]
+    with pytest.raises(ValueError, match=r"NaN or infinite .* at t = \d.*denoiser"):
+        ProbabilityFlow(VE(), nan).trajectory(x, times, method="dopri5")
+    exact = GAUSSIAN.denoiser(VE())
+    counter = CountNFE(lambda x, t: exact(x, t) + 0.05 * torch.sin(1e6 * x))
+    with pytest.raises(RuntimeError, match=r"cannot reach rtol = 1e-06"):
+        ProbabilityFlow(VE(), counter).trajectory(x, times, method="dopri5")
+    assert counter.nfe < 4000
+
+
+def test_half_precision_states_do_not_overflow() -> None:
+    # |Q| of 80 times N(0, 1): its sum of squares is beyond float16.
+    flow = ProbabilityFlow(VE(), lambda x, t: 100 * torch.tanh(x / t), dtype=F64)
+    x = GAUSSIAN.sample_prior(VE(), 4, seed=0)
+    q, half = flow.stiffness(x, 0.01), flow.stiffness(x.half(), 0.01)
+    assert half.dtype == torch.float32
+    assert bool(torch.isfinite(half).all()) == bool(torch.isfinite(q).all())
+    v = flow.velocity(x.half(), 50.0)
+    torch.testing.assert_close(v.double(), flow.velocity(x, 50.0), rtol=2e-2, atol=2e-2)
 
 
 def test_everything_on_another_device(accelerator: torch.device) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -102,3 +104,55 @@ def test_torch_s_newer_switches_are_left_alone(monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.backends, "cudnn", Refuses())
     with full_precision():
         assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_threads_share_the_switch(user: tuple[bool, ...]) -> None:
+    # The first to leave must not switch it on under the other.
+    inside, leave = threading.Event(), threading.Event()
+
+    def stays() -> tuple[bool, ...]:
+        with full_precision():
+            inside.set()
+            assert leave.wait(60)
+            return allowed()
+
+    with ThreadPoolExecutor(1) as pool:
+        with full_precision():
+            other = pool.submit(stays)
+            assert inside.wait(60)
+        assert allowed() == (False, False)
+        leave.set()
+        assert other.result() == (False, False)
+    assert allowed() == user
+
+
+def test_a_device_without_float64_is_named_and_sampled_on(
+    accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if accelerator.type == "cuda":
+        pytest.skip("the simulated device stands for Apple's GPUs")
+    for name in ("_ask", "_integrators", "stochastic", "_precision"):
+        monkeypatch.setattr(
+            f"artlib.{name}.holds_double", lambda device: device.type == "cpu"
+        )
+    flow, x = PROBLEM.flow(), PROBLEM.x_T.float()
+    network = artlib.from_x0(PROBLEM.process, lambda x, t: x / (1 + t))
+    for f in (
+        flow.with_denoiser(lambda x, t: x / (1 + t)),
+        flow.with_denoiser(network),
+    ):
+        for solver in ("euler", "heun", "rk4", "dpmpp_2m"):
+            there = artlib.sample(f, x.to(accelerator), GRID, solver=solver)
+            assert there.dtype == torch.float32
+            torch.testing.assert_close(
+                there.cpu(), artlib.sample(f, x, GRID, solver=solver)
+            )
+        assert (
+            artlib.sample_stochastic(f, x.to(accelerator), GRID, seed=1)
+            .isfinite()
+            .all()
+        )
+        with pytest.raises(TypeError, match=r"x_T: it is on .*no float64"):
+            f.trajectory(x.to(accelerator), [2.0, 1.0])
+        with pytest.raises(TypeError, match=r"x_T: it is on .*no float64"):
+            artlib.sample(f, x.to(accelerator), solver="dopri5")

@@ -137,6 +137,25 @@ def test_noise_is_the_seeds_alone() -> None:
     assert sample_stochastic(flow, problem.x_T.float(), grid).dtype == torch.float32
 
 
+def test_without_a_seed_the_noise_is_fresh() -> None:
+    problem = mixture_16d(VP(), n=3)
+    grid = artlib.edm(VP()).grid(4)
+    torch.manual_seed(0)
+    state = torch.random.get_rng_state()
+    a, b = (sample_stochastic(problem.flow(), problem.x_T, grid) for _ in range(2))
+    assert not torch.allclose(a, b)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_half_precision_is_raised(half: torch.dtype) -> None:
+    problem = mixture_16d(VE(), n=300)
+    flow, grid, x = problem.flow(), artlib.edm(VE()).grid(5), problem.x_T.abs().to(half)
+    found = sample_stochastic(flow, x, grid, seed=1)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, sample_stochastic(flow, x.float(), grid, seed=1))
+
+
 def test_no_level_above_the_first_is_visited() -> None:
     problem = mixture_16d(VE(), n=2)
     seen: list[float] = []
