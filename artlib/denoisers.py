@@ -138,7 +138,7 @@ def casts_itself(denoiser: DenoiserFn) -> bool:
 
 def uncounted(denoiser: DenoiserFn) -> DenoiserFn:
     """What is inside of the counters around a denoiser, or around a part of one."""
-    if isinstance(denoiser, CountNFE):
+    if isinstance(denoiser, CountNFE | _CountedPart):
         return uncounted(denoiser.denoiser)
     if isinstance(denoiser, Part):
         return denoiser.around(uncounted(denoiser.denoiser))
