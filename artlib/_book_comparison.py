@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ._bootstrap import statistic
@@ -125,6 +126,27 @@ def comparison(
         f"{name}: a stored number was changed by hand; {_AGAIN}"
     )
     return table
+
+
+class Listed:
+    """A schedule by its stored grids, one for each number of steps.
+
+    Args:
+        grids: Number of steps, as text, -> timesteps [K + 1]; as results hold them.
+    """
+
+    def __init__(self, grids: Mapping[str, Sequence[float]]) -> None:
+        self._grids = grids
+
+    def grid(self, K: int) -> Tensor:
+        """Timesteps [K + 1].
+
+        Raises:
+            ValueError: If there is no list for that many steps.
+        """
+        if str(K) not in self._grids:
+            raise ValueError(f"K: no list of {K} steps, there are {list(self._grids)}")
+        return torch.tensor(self._grids[str(K)], dtype=torch.float64, device="cpu")
 
 
 def learned(

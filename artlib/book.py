@@ -31,10 +31,11 @@ import torch
 from matplotlib.figure import Figure
 
 from . import __version__
-from ._book_comparison import comparison, learned
+from ._book_comparison import Listed, comparison, learned
 from ._files import write_bytes
 
 __all__ = [
+    "Listed",
     "comparison",
     "device",
     "full",

@@ -255,3 +255,13 @@ def test_a_schedule_is_learned_in_a_full_run_and_read_afterwards(monkeypatch):
     other = artlib.zoo.load("fashion-small", process=artlib.VE(sigma_max=20.0))
     with pytest.raises(AssertionError, match="ch99-old: made for VE"):
         book.learned("ch99-old", other)
+
+
+def test_stored_grids_are_a_schedule_by_number_of_steps():
+    grids = {str(K): artlib.edm(artlib.VE()).grid(K).tolist() for K in (2, 5)}
+    listed = book.Listed(json.loads(json.dumps(grids)))
+    assert torch.equal(listed.grid(5), artlib.edm(artlib.VE()).grid(5))
+    with pytest.raises(
+        ValueError, match=r"K: no list of 3 steps, there are \['2', '5'\]"
+    ):
+        listed.grid(3)
