@@ -23,7 +23,7 @@ the path. The sign of the time axis does not matter to Q.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -41,8 +41,8 @@ from ._types import DenoiserFn, TimeLike
 from .denoisers import casts_itself, uncounted
 from .processes import VE, Process
 
-_FEW = 8
-"""Samples on which forward mode is held against the difference."""
+_FEW, _LEVELS = 8, 8
+"""Samples, and about how many times of a path, at which forward mode is checked."""
 
 
 class ProbabilityFlow:
@@ -305,7 +305,7 @@ class ProbabilityFlow:
 
         With the difference, :math:`\dot D` is a five-point derivative of the denoised
         states in `log_level`: no evaluation beyond those of the path. Forward mode is
-        held against it, where the table is fine enough for that.
+        checked at a few levels, on a few samples, past the counters of evaluations.
 
         Args:
             path: From `trajectory`, with at least five times.
@@ -316,25 +316,33 @@ class ProbabilityFlow:
         with torch.inference_mode(False), torch.no_grad():
             column = path.times.reshape(-1, *[1] * (path.states.ndim - 1))
             rate = self._forward_rates(path)
-            if rate is not None and self._derivative.contradicted(
-                rate, lambda points: self._difference_rates(path, points, few=True)
-            ):
-                rate = None
-            if rate is None:
-                rate = self._difference_rates(path, 5)
+            if rate is None or self._derivative.contradicted(*self._some(path)):
+                rate = self._difference_rates(path)
             q = self.acceleration_from(path.states, column, path.denoised, rate)
             return q.flatten(2).norm(dim=2).T.contiguous()
 
-    def _difference_rates(
-        self, path: Trajectory, points: int, *, few: bool = False
-    ) -> Tensor:
-        """Derivatives of D at all nodes from a stencil of nodes; of a few samples."""
-        denoised = path.denoised[:, :_FEW] if few else path.denoised
+    def _some(
+        self, path: Trajectory
+    ) -> tuple[DenoiserFn, Iterator[tuple[Tensor, Tensor, Tensor]]]:
+        """The denoiser of a few samples of a path, and these at a few of its times."""
+        count = path.states.shape[1]
+        flow = self if count <= _FEW else self.rows(slice(0, _FEW), count)
+        flow = flow.with_denoiser(uncounted(flow.denoiser))
         times = path.times.cpu()
-        weights = derivative_matrix(log_level(self.process, times), points)
-        flat = denoised.reshape(len(times), -1)
-        rate = (weights.to(flat) @ flat).reshape(denoised.shape)
-        column = path.times.reshape(-1, *[1] * (denoised.ndim - 1))
+        nodes = range(0, len(times), max(1, len(times) // _LEVELS))
+        points = (
+            (path.states[k, :_FEW].clone(), times[k].clone(), path.velocities[k, :_FEW])
+            for k in nodes
+        )
+        return flow.denoise, points
+
+    def _difference_rates(self, path: Trajectory) -> Tensor:
+        """Derivatives of D at all nodes from a stencil of five nodes."""
+        times = path.times.cpu()
+        weights = derivative_matrix(log_level(self.process, times))
+        flat = path.denoised.reshape(len(times), -1)
+        rate = (weights.to(flat) @ flat).reshape(path.denoised.shape)
+        column = path.times.reshape(-1, *[1] * (path.denoised.ndim - 1))
         return rate * log_level_dot(self.process, column)
 
     def _forward_rates(self, path: Trajectory) -> Tensor | None:
