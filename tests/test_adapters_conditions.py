@@ -5,6 +5,7 @@ import copy
 import inspect
 import math
 import os
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,71 @@ def test_conditions_that_are_refused() -> None:
 
 
 # Copies and wrappers of networks.
+
+
+def schedulers() -> list[Any]:
+    """One for each formula, and for each way to tell the time."""
+    return [
+        *(
+            diffusers.DDIMScheduler(prediction_type=kind, **BETAS)
+            for kind in ("epsilon", "v_prediction", "sample")
+        ),
+        diffusers.EulerDiscreteScheduler(
+            timestep_type="continuous", prediction_type="v_prediction", **BETAS
+        ),
+        diffusers.EDMEulerScheduler(),
+        diffusers.EDMEulerScheduler(prediction_type="v_prediction"),
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+    ]
+
+
+@pytest.mark.parametrize("scheduler", schedulers())
+def test_denoisers_can_be_copied_and_pickled(scheduler: Any) -> None:
+    net = denoiser(Echo(), scheduler, condition={"label": noise(2, 3)})
+    flow = artlib.ProbabilityFlow(net.process, net)
+    x = noise(2, 4).double()
+    answer = net(x, HALF)
+    for twin in (
+        copy.deepcopy(net),
+        pickle.loads(pickle.dumps(net)),
+        pickle.loads(pickle.dumps(flow)).denoise,
+    ):
+        assert torch.equal(twin(x, HALF), answer)
+
+
+class Scribbling(Echo):
+    """A network that writes over all that it is given."""
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, return_dict: bool = True, **given: Any
+    ) -> tuple[Tensor]:
+        answer = super().forward(sample, timestep, return_dict, **given)
+        for value in [sample, timestep, *leaves(given)]:
+            value.mul_(0)
+        return answer
+
+
+@pytest.mark.parametrize("guidance", [{}, {"guidance": 2.0, "together": False}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scheduler", schedulers())
+def test_a_network_that_writes_in_place_gets_copies(
+    scheduler: Any, dtype: torch.dtype, guidance: dict[str, Any]
+) -> None:
+    x, t = noise(2, 4).to(dtype), torch.tensor(0.5)
+    label, ids = noise(2, 3).to(dtype), noise(2, 3).to(dtype)
+    kept = [v.clone() for v in (x, t, label, ids)]
+    text = {"label": label, "deep": {"img_ids": [ids]}}
+
+    def make(network: nn.Module) -> Any:
+        return denoiser(
+            network, scheduler, condition=text, unconditional=text, **guidance
+        )
+
+    plain = make(Echo(dtype))(x, t)
+    scribbling = make(Scribbling(dtype))
+    for _ in range(2):
+        assert torch.equal(scribbling(x, t), plain)
+    assert all(map(torch.equal, (x, t, label, ids), kept))
 
 
 def test_a_copy_asks_its_own_network() -> None:

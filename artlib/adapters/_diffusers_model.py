@@ -24,21 +24,24 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._ask import exact_time
 from .._checks import finite_float
 from .._rows import Rows
-from ..denoisers import Denoiser, network_dtype
-from ..processes import VE, Process, RectifiedFlow, as_time
+from ..denoisers import Denoiser, Prediction, network_dtype
+from ..processes import VE, Process, RectifiedFlow
 from ._diffusers_times import (
     config_of,
     is_edm,
     is_flow,
     network_scale,
     no_signal_left,
+    quarter_log,
     table_levels,
     told,
 )
@@ -188,14 +191,17 @@ class DiffusersDenoiser(Denoiser):
 
     def _predict(self, x: Tensor, t: Tensor) -> Tensor:
         """The network's answer in the dtype of ``x``; its time stays in float32."""
-        time = (self._scale * t).to(torch.float32).reshape(-1).expand(len(x))
+        time = (self._scale * t).to(torch.float32).to(x.device).reshape(-1)
         dtype = network_dtype(self.network) or torch.float32
+        time = time.expand(len(x))
         return self._guide(self._call, x.to(dtype), time).to(x.dtype)
 
     def _call(self, x: Tensor, time: Tensor, **condition: Any) -> Tensor:
+        # Copies: a network may scale its input, or its time, in place.
+        state, times = x.clone(), time.clone()
         cast = {k: _cast(v, x.dtype) for k, v in condition.items()}
         network: Any = self.network
-        answer = network(x, timestep=time, return_dict=False, **cast)[0]
+        answer = network(state, timestep=times, return_dict=False, **cast)[0]
         if answer.ndim > 1 and answer.shape[1] == 2 * x.shape[1]:
             answer = answer[:, : x.shape[1]]  # the other half is a variance
         return answer
@@ -204,19 +210,22 @@ class DiffusersDenoiser(Denoiser):
 def _formula(scheduler: Any) -> tuple[str, Callable[..., Tensor]]:
     """What a network predicts, and how its answer becomes a denoised sample.
 
-    The formula is given (x, ask, t), with ``ask(x, time)`` the network's answer.
+    The formula is given (x, ask, t), with ``ask(x, time)`` the network's answer; it can
+    be pickled.
     """
     config, time = config_of(scheduler), told(scheduler)
     if is_flow(scheduler):
         prediction = getattr(config, "prediction_type", "flow_prediction")
         if prediction != "flow_prediction":
             raise _unknown(prediction, "a flow")
-        return prediction, lambda x, ask, t: x - _like(t, x) * ask(x, time(t))
+        return prediction, _OfFlow(time)
     prediction = config.prediction_type
     if is_edm(scheduler):
-        return prediction, _edm_formula(prediction, float(config.sigma_data))
-    convert = _FROM_LEVEL.get(prediction)
-    if convert is None:
+        sign = {"epsilon": 1.0, "v_prediction": -1.0}.get(prediction)
+        if sign is None:
+            raise _unknown(prediction, "a scheduler of the EDM family")
+        return prediction, _OfEDM(sign, float(config.sigma_data))
+    if prediction not in ("epsilon", "v_prediction", "sample"):
         raise _unknown(prediction, "a scheduler with alphas_cumprod")
     if prediction == "epsilon" and no_signal_left(scheduler):
         raise ValueError(
@@ -225,50 +234,74 @@ def _formula(scheduler: Any) -> tuple[str, Callable[..., Tensor]]:
             "nothing about the sample; make it with prediction_type='v_prediction' if "
             "that is what the network predicts, or with rescale_betas_zero_snr=False"
         )
-
-    def denoise(y: Tensor, ask: Callable[..., Tensor], s: Tensor) -> Tensor:
-        level = as_time(s)
-        scaled = y / _like((1 + level**2).sqrt(), y)
-        return convert(y, _like(level, y), ask(scaled, time(level)))
-
-    return prediction, denoise
+    return prediction, _OfTable(prediction, time)
 
 
-def _edm_formula(prediction: str, data: float) -> Callable[..., Tensor]:
-    sign = {"epsilon": 1.0, "v_prediction": -1.0}.get(prediction)
-    if sign is None:
-        raise _unknown(prediction, "a scheduler of the EDM family")
-
-    def denoise(y: Tensor, ask: Callable[..., Tensor], s: Tensor) -> Tensor:
-        level = as_time(s)
-        total = level**2 + data**2
-        output = ask(y / _like(total.sqrt(), y), torch.log(level) / 4)
-        skip = _like(data**2 / total, y)
-        return skip * y + _like(sign * level * data / total.sqrt(), y) * output
-
-    return denoise
+# Classes and not closures, so that a denoiser can be copied and pickled.
 
 
-_FROM_LEVEL: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "epsilon": lambda y, s, o: y - s * o,
-    "v_prediction": lambda y, s, o: y / (1 + s**2) - s / (1 + s**2).sqrt() * o,
-    "sample": lambda y, s, o: o,
-}
+@dataclass(frozen=True)
+class _OfFlow:
+    told: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor, ask: Prediction, t: Tensor) -> Tensor:
+        time = exact_time(t, x)
+        return x - _like(time, x) * ask(x, self.told(time))
+
+
+@dataclass(frozen=True)
+class _OfTable:
+    prediction: str
+    told: Callable[[Tensor], Tensor]
+
+    def __call__(self, y: Tensor, ask: Prediction, s: Tensor) -> Tensor:
+        level = exact_time(s, y)
+        output = ask(y / _like((1 + level**2).sqrt(), y), self.told(level))
+        level = _like(level, y)
+        if self.prediction == "epsilon":
+            return y - level * output
+        if self.prediction == "v_prediction":
+            return y / (1 + level**2) - level / (1 + level**2).sqrt() * output
+        return output
+
+
+@dataclass(frozen=True)
+class _OfEDM:
+    sign: float
+    sigma_data: float
+
+    def __call__(self, y: Tensor, ask: Prediction, s: Tensor) -> Tensor:
+        level = exact_time(s, y)
+        total = level**2 + self.sigma_data**2
+        output = ask(y / _like(total.sqrt(), y), quarter_log(level))
+        skip = _like(self.sigma_data**2 / total, y)
+        out = self.sign * level * self.sigma_data / total.sqrt()
+        return skip * y + _like(out, y) * output
 
 
 def _like(value: Tensor, x: Tensor) -> Tensor:
-    return value.to(dtype=x.dtype, device=x.device)
+    # In this order: the device may have no float64.
+    return value.to(x.dtype).to(x.device)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating tensors of a condition in the network's dtype."""
+    """A condition's tensors for the network: floating ones in its dtype, all copies.
+
+    A network may write into them. Rows that are one row repeated need no copy: torch
+    refuses to write into those.
+    """
     if isinstance(value, dict):
         return {name: _cast(inner, dtype) for name, inner in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_cast(inner, dtype) for inner in value)
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.to(dtype)
-    return value
+    if not isinstance(value, Tensor):
+        return value
+    repeated = any(
+        step == 0 and size > 1
+        for step, size in zip(value.stride(), value.shape, strict=True)
+    )
+    kind = dtype if value.is_floating_point() else value.dtype
+    return value.to(kind, copy=not repeated)
 
 
 def _unknown(prediction: str, of_what: str) -> ValueError:

@@ -13,6 +13,7 @@ so they have to be told t. `network_scale` knows which.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -87,11 +88,25 @@ def table_levels(scheduler: Any) -> np.ndarray:
 def told(scheduler: Any) -> Callable[[Tensor], Tensor]:
     """Map from noise levels to what the scheduler has the network told, in float64."""
     if is_flow(scheduler):
-        steps = float(scheduler.config.num_train_timesteps)
-        return lambda level: steps * level
+        return _Multiple(float(scheduler.config.num_train_timesteps))
     if is_edm(scheduler) or tells_log(scheduler):
-        return lambda level: torch.log(level) / 4
+        return quarter_log
     return _Steps(table_levels(scheduler))
+
+
+def quarter_log(level: Tensor) -> Tensor:
+    """What networks of the EDM family are told of a noise level."""
+    return torch.log(level) / 4
+
+
+@dataclass(frozen=True)
+class _Multiple:
+    """A multiple of the time, for flow matching."""
+
+    factor: float
+
+    def __call__(self, level: Tensor) -> Tensor:
+        return self.factor * level
 
 
 def tells_log(scheduler: Any) -> bool:

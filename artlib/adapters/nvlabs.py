@@ -161,7 +161,7 @@ class EDMDenoiser(Denoiser):
                     "one row, or one per sample"
                 )
             else:
-                labels = labels.to(x.device).expand(len(x), -1)
+                labels = labels.to(x.device).expand(len(x), -1).clone()
         dtype = network_dtype(network) or x.dtype
         told = sigma.to(torch.float32).to(x.device).repeat(len(x) // len(sigma))
         # Copies: a network may scale its input, or its time, in place.
