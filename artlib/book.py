@@ -218,19 +218,24 @@ def _results_dir() -> Path:
 def _commit() -> str:
     """The commit the code stands at, with ``+`` if tracked files differ from it.
 
-    Results are not counted: a run that writes two files would mark the second.
+    Results are not counted: a run that writes two files would mark the second. A
+    package that was installed may lie in another project's repository, whose commit
+    says nothing of it.
     """
+    home = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
         return subprocess.run(
             ["git", *arguments],
-            cwd=Path(__file__).parent.parent,
+            cwd=home,
             capture_output=True,
             text=True,
             check=True,
         ).stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != home:
+            return os.environ.get("ARTLIB_COMMIT", "unknown")
         commit = git("rev-parse", "--short=12", "HEAD")
         changes = git("status", "--porcelain", "-uno", "--", ":!notebooks/results")
     except (OSError, subprocess.CalledProcessError):

@@ -27,6 +27,7 @@ def noise(n, seed):
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("ARTLIB_RESULTS", str(tmp_path / "notebooks" / "results"))
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ARTLIB_FULL", raising=False)
 
 
@@ -219,6 +220,14 @@ def test_results_do_not_make_the_commit_look_changed(tmp_path, monkeypatch):
     assert book._commit() == clean
     (repository / "artlib/book.py").write_text("2")
     assert book._commit() == clean + "+"
+    # A package installed into an environment inside this repository is not of it.
+    inside = tmp_path / "venv" / "site-packages" / "artlib"
+    inside.mkdir(parents=True)
+    monkeypatch.setattr(book, "__file__", str(inside / "book.py"))
+    monkeypatch.delenv("ARTLIB_COMMIT", raising=False)
+    assert book._commit() == "unknown"
+    monkeypatch.setenv("ARTLIB_COMMIT", "0123456789ab")
+    assert book._commit() == "0123456789ab"
 
 
 def test_a_schedule_is_learned_in_a_full_run_and_read_afterwards(monkeypatch):
