@@ -19,6 +19,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from ._checks import got
+
 # Windows has no such locks: nothing there says whose a temporary file is.
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
@@ -48,6 +50,8 @@ def check_output(path: str | os.PathLike[str], *, replace: bool = True) -> Path:
         PermissionError: If the file is read-only or the folder cannot be written to.
         OSError: If it is a pipe, a socket or a device, which a file must not replace.
     """
+    if not isinstance(path, str | bytes | os.PathLike):
+        raise TypeError(f"path of a file: expected a str or a Path, got {got(path)}")
     name = os.fsdecode(path)
     target = Path(os.path.realpath(name))
     found = _stat(name)

@@ -18,6 +18,7 @@ References:
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from typing import Any, Literal, TypeAlias
 
 import matplotlib.style
 from matplotlib.figure import Figure
+
+from ._files import check_output, write_bytes
 
 PANEL = "#f1eee7"
 """Background of every figure."""
@@ -239,9 +242,22 @@ class Panel(Figure):
         with style():
             super().draw(renderer)
 
-    def savefig(self, fname: Any, **kwargs: Any) -> None:
+    def savefig(self, fname: Any, *, format: str | None = None, **kwargs: Any) -> None:
+        """As matplotlib's; a file is written whole or not at all."""
+        if not isinstance(fname, str | os.PathLike):
+            with style():
+                super().savefig(fname, format=format, **kwargs)
+            return
+        path = os.fspath(fname)
+        suffix = os.path.splitext(path)[1][1:]
+        if not (format or suffix):
+            suffix = matplotlib.rcParams["savefig.format"]
+            path = f"{path.rstrip('.')}.{suffix}"
+        check_output(path)
+        buffer = io.BytesIO()
         with style():
-            super().savefig(fname, **kwargs)
+            super().savefig(buffer, format=format or suffix, **kwargs)
+        write_bytes(path, buffer.getvalue())
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
