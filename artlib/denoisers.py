@@ -30,7 +30,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._ask import Ask, exact_time, network_dtypes, unwrap
+from ._ask import Ask, check_rows, exact_time, network_dtypes, unwrap
 from ._checks import finite_float
 from ._precision import at_least_single
 from ._rows import Part, Rows, rows_of
@@ -102,6 +102,14 @@ class Denoiser(nn.Module):
         del part.network  # a child module gives way to a plain callable only so
         part.network = network
         return part
+
+    def check_rows(self, count: int) -> None:
+        """Refuse a number of samples that does not fit what the network holds.
+
+        Args:
+            count: How many samples there are.
+        """
+        check_rows(self.network, count)
 
     def _twin(self: D) -> D:
         """A shallow copy, of which children and buffers can be replaced."""

@@ -189,6 +189,9 @@ class DiffusersDenoiser(Denoiser):
         part._guide = guide
         return part
 
+    def check_rows(self, count: int) -> None:
+        self._guide.check_rows(count)
+
     def _predict(self, x: Tensor, t: Tensor) -> Tensor:
         """The network's answer in the dtype of ``x``; its time stays in float32."""
         time = (self._scale * t).to(torch.float32).to(x.device).reshape(-1)

@@ -128,6 +128,24 @@ class Guidance:
         part.condition, part.unconditional = condition, unconditional
         return part
 
+    def check_rows(self, count: int) -> None:
+        """Refuse conditions that have neither one row nor one for each sample.
+
+        Args:
+            count: How many samples there are.
+
+        Raises:
+            ValueError: If there is such a one.
+        """
+
+        def fits(value: Tensor, name: str) -> Tensor:
+            if value.shape[0] not in (1, count):
+                raise _wrong_number(value, name, count)
+            return value
+
+        self._map(self.condition, fits)
+        self._map(self.unconditional or {}, fits)
+
     def __call__(
         self,
         call: Callable[..., Tensor],

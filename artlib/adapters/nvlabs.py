@@ -98,6 +98,8 @@ class EDMDenoiser(Denoiser):
                     f"{name}: expected a torch module called as net(x, sigma, "
                     f"class_labels), got {type(value).__name__}"
                 )
+        sigma_min = finite_float(sigma_min, "sigma_min", positive=True)
+        sigma_max = finite_float(sigma_max, "sigma_max", positive=True)
         low = max(sigma_min, float(getattr(network, "sigma_min", 0.0)))
         high = min(sigma_max, float(getattr(network, "sigma_max", float("inf"))))
         # A copy's answers are its own: no closure over this one.
@@ -124,6 +126,14 @@ class EDMDenoiser(Denoiser):
         part = self._twin()
         part.class_labels = take_rows(labels, index)
         return part
+
+    def check_rows(self, count: int) -> None:
+        labels: Any = self.class_labels
+        if labels is not None and labels.shape[0] not in (1, count):
+            raise ValueError(
+                f"class_labels: {labels.shape[0]} rows for {count} samples; give one "
+                "row, or one per sample"
+            )
 
     def _check_labels(self, labels: Tensor | None) -> None:
         classes = getattr(self.network, "label_dim", None)
@@ -155,12 +165,8 @@ class EDMDenoiser(Denoiser):
         if labels is not None:
             if getattr(network, "label_dim", None) == 0:
                 labels = None
-            elif labels.shape[0] not in (1, len(x)):
-                raise ValueError(
-                    f"class_labels: {labels.shape[0]} rows for {len(x)} samples; give "
-                    "one row, or one per sample"
-                )
             else:
+                self.check_rows(len(x))
                 labels = labels.to(x.device).expand(len(x), -1).clone()
         dtype = network_dtype(network) or x.dtype
         told = sigma.to(torch.float32).to(x.device).repeat(len(x) // len(sigma))
