@@ -245,6 +245,25 @@ def as_grid(grid: Sequence[float] | np.ndarray | Tensor, name: str = "grid") -> 
     return nodes
 
 
+def as_variances(variances: Tensor | Sequence[float]) -> Tensor:
+    """Check the eigenvalues of a covariance, and return them in float64 on the CPU.
+
+    Raises:
+        TypeError: If they are no real numbers.
+        ValueError: If they are not one-dimensional, none, negative or not finite.
+    """
+    lam = real_tensor(variances, "variances", "the eigenvalues of a covariance").cpu()
+    if lam.ndim != 1 or lam.numel() == 0:
+        raise ValueError(
+            "variances: expected the eigenvalues of the covariance, shape [d], got "
+            f"{tuple(lam.shape)}; torch.linalg.eigvalsh(cov) gives them"
+        )
+    require_finite(lam, "variances", "give finite eigenvalues")
+    if bool((lam < 0).any()):
+        raise ValueError(f"variances: expected >= 0, got {float(lam.min()):.3g}")
+    return lam
+
+
 def check_samples(x: Any, name: str = "x_T") -> Tensor:
     """Check a batch of states: floating, [n, *shape] with n >= 1, finite.
 

@@ -25,10 +25,11 @@ import torch
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
-from ._checks import positive_int, require_finite
+from ._checks import finite_float, got, positive_int, require_finite
 from ._log_level import log_level, table_times
 from ._types import TimeLike
 from .processes import Process, as_time
+from .processes import check_process as process_of
 from .schedules import Schedule, from_time_change
 
 Average = Literal["open_loop", "paper"]
@@ -78,6 +79,14 @@ class StiffnessTable:
     order: int = 1
 
     def __post_init__(self) -> None:
+        process_of(self.process)
+        for name in ("times", "values"):
+            given = getattr(self, name)
+            if not isinstance(given, Tensor) or not given.is_floating_point():
+                raise TypeError(
+                    f"{name}: expected a tensor in float64, got {got(given)}; "
+                    "artlib.stiffness_table makes the whole table"
+                )
         n = self.times.numel()
         positive_int(self.order, "order")
         if self.times.ndim != 1 or n < 2 or self.values.shape[1:] != (n,):
@@ -234,8 +243,7 @@ class StiffnessTable:
         """
         if exponent is None:
             exponent = 1 / (self.order + 1)
-        if not exponent > 0:
-            raise ValueError(f"exponent: expected > 0, got {exponent}")
+        exponent = finite_float(exponent, "exponent", positive=True)
         notes = {
             "method": "closed form",
             "average": average,
@@ -289,7 +297,7 @@ class StiffnessTable:
             self.fine_times.log().numpy()[::-1],
             (length[-1] - length).numpy()[::-1],
         )
-        left = self.span - as_time(clock).cpu()
+        left = self.span - as_time(clock, name="clock").cpu()
         return -(torch.as_tensor(to_go, device="cpu") ** power) / left**self.order
 
     def cumulative(self, integrand: Tensor) -> Tensor:
@@ -315,6 +323,11 @@ class StiffnessTable:
 
 def check_process(schedule: Schedule, process: Process) -> None:
     """Raise a ``ValueError`` if a schedule was made for another process."""
+    if not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"schedule: expected a Schedule, got {got(schedule)}; artlib.from_grid or "
+            "artlib.from_density makes one"
+        )
     if schedule.process != process:
         raise ValueError(
             f"schedule: it belongs to {schedule.process}, the flow to {process}; "

@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import check_samples, positive_int
+from ._checks import check_samples, finite_float, got, positive_int
 from ._integrators import StepCallback
+from ._precision import at_least_single, holds_double
 from ._solver_choice import Step, solver_of, take_step
 from ._stiffness import FLOOR, StiffnessTable
 from .flow import ProbabilityFlow
@@ -102,7 +103,7 @@ class ExactClock(Clock):
         from .control import stiffness_table  # control imports schedules and tables
 
         table = stiffness_table(flow, x_T, **self._options)  # type: ignore[arg-type]
-        self._grids = feedback_grids(table, self.steps).to(x_T.device)
+        self._grids = feedback_grids(table, self.steps)
 
     def advance(self, k: int, t: Tensor, x: Tensor, denoised: Tensor) -> Tensor:
         return self._grids[:, k + 1]
@@ -126,6 +127,8 @@ class PredictedClock(Clock):
         self, table: StiffnessTable, steps: int, *, trust: float = 0.5
     ) -> None:
         self.steps = positive_int(steps, "steps")
+        _check_table(table)
+        trust = finite_float(trust, "trust")
         if not 0 <= trust <= 1:
             raise ValueError(f"trust: expected a number within [0, 1], got {trust}")
         stride = (table.fine_times.numel() - 1) // (_KNOTS - 1)
@@ -160,10 +163,12 @@ class PredictedClock(Clock):
         if self._last is not None:
             before, old = self._last
             column = (t + before).reshape(-1, *[1] * (x.ndim - 1)) / 2
-            rate = (denoised - old) / (t - before).reshape(column.shape).to(x)
-            middle = (x.double(), denoised.double(), rate.double())
+            span = (t - before).reshape(column.shape).to(x.dtype).to(x.device)
+            rate = (denoised - old) / span
+            wide = torch.float64 if holds_double(x.device) else at_least_single(x.dtype)
+            middle = (x.to(wide), denoised.to(wide), rate.to(wide))
             q = self._flow.acceleration_from(middle[0], column, middle[1], middle[2])
-            size = q.flatten(1).norm(dim=1).cpu()
+            size = q.flatten(1).norm(dim=1).cpu().double()
             place = self._index((t + before).cpu() / 2)
             own = size.clamp_min(1e-300).log() - self._log_mean[place]
             shift = own.clamp(-3, 3)[:, None]
@@ -202,7 +207,16 @@ def value_of_information(table: StiffnessTable) -> float:
     Returns:
         The ratio of the two lower bounds; 1 where all paths want the same clock.
     """
-    return table.lower_bound("feedback") / table.lower_bound("open_loop")
+    return _check_table(table).lower_bound("feedback") / table.lower_bound("open_loop")
+
+
+def _check_table(table: StiffnessTable) -> StiffnessTable:
+    if not isinstance(table, StiffnessTable):
+        raise TypeError(
+            f"table: expected a StiffnessTable, got {got(table)}; "
+            "artlib.stiffness_table(flow, x_T) makes one"
+        )
+    return table
 
 
 def cumulative(times: Tensor, density: Tensor) -> Tensor:
@@ -261,7 +275,8 @@ def integrate_with(
     x = check_samples(x)
     K, n = positive_int(clock.steps, "clock.steps"), len(x)
     clock.start(flow, x)
-    t = torch.full((n,), flow.process.t_max, dtype=torch.float64, device=x.device)
+    home = x.device if holds_double(x.device) else torch.device("cpu")
+    t = torch.full((n,), flow.process.t_max, dtype=torch.float64, device=home)
     column = (n, *[1] * (x.ndim - 1))
     for k in range(K):
         if callback is not None:
@@ -273,7 +288,7 @@ def integrate_with(
             y = take_step(kind.step, flow, x, now, then)
         else:
             velocity = flow.velocity_from(denoised, x, now)
-            step = (then - now).to(x.dtype)
+            step = (then - now).to(x.dtype).to(x.device)
             y = x + step * velocity
             if solver == "heun" and k < K - 1:
                 ahead = flow.velocity(y, then)

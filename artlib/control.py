@@ -35,7 +35,7 @@ from ._stiffness import Average, Clock, StiffnessTable, check_process
 from ._terminal import Weight, measure_errors
 from ._types import SeedLike
 from .denoisers import CountNFE
-from .flow import ProbabilityFlow
+from .flow import ProbabilityFlow, check_flow
 from .schedules import Schedule
 
 __all__ = [
@@ -313,7 +313,7 @@ def cost(
         points: Times of the stiffness table.
         batch: See `stiffness_table`.
     """
-    check_process(schedule, flow.process)  # before anything is spent
+    check_process(schedule, check_flow(flow).process)  # before anything is spent
     return stiffness_table(flow, x_T, points=points, batch=batch).cost(schedule)
 
 
@@ -348,9 +348,5 @@ def _joined(states: list[Tensor]) -> Tensor:
 
 
 def _checked(flow: ProbabilityFlow, x_T: Tensor, points: int) -> tuple[Tensor, int]:
-    if not isinstance(flow, ProbabilityFlow):
-        raise TypeError(
-            f"flow: expected a ProbabilityFlow, got {type(flow).__name__}; wrap a "
-            "denoiser as ProbabilityFlow(process, denoiser)"
-        )
+    check_flow(flow)
     return check_samples(x_T), positive_int(points, "points", minimum=5)

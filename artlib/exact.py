@@ -26,7 +26,7 @@ import torch
 from scipy.optimize import least_squares, minimize
 from torch import Tensor
 
-from ._checks import as_grid, positive_int, real_tensor, require_finite
+from ._checks import as_grid, as_variances, positive_int
 from ._integrators import integrate
 from ._solver_choice import Step, solver_of
 from ._types import TimeLike
@@ -41,19 +41,6 @@ _ROUND_OFF = 1e-10
 _LEAST_STEP = 1e-3
 """Least step of the oracle, in log time: nodes never meet, and the search never ends at
 a grid that float32 could not tell from a shorter one."""
-
-
-def _variances(variances: Tensor | Sequence[float]) -> Tensor:
-    lam = real_tensor(variances, "variances", "the eigenvalues of a covariance").cpu()
-    if lam.ndim != 1 or lam.numel() == 0:
-        raise ValueError(
-            "variances: expected the eigenvalues of the covariance, shape [d], got "
-            f"{tuple(lam.shape)}; torch.linalg.eigvalsh(cov) gives them"
-        )
-    require_finite(lam, "variances", "give finite eigenvalues")
-    if bool((lam < 0).any()):
-        raise ValueError(f"variances: expected >= 0, got {float(lam.min()):.3g}")
-    return lam
 
 
 def _flow(process: Process, lam: Tensor) -> ProbabilityFlow:
@@ -108,7 +95,7 @@ def gaussian_output_std(
         ValueError: If an argument is out of its range, or a step is not linear in
             every coordinate.
     """
-    lam = _variances(variances)
+    lam = as_variances(variances)
     nodes = _nodes(process, grid, solver)
     std = _output_std(process, lam, nodes, solver)
     if not isinstance(solver, str):
@@ -169,7 +156,7 @@ def gaussian_w2(
         TypeError: As in `gaussian_output_std`.
         ValueError: As there.
     """
-    lam = _variances(variances)
+    lam = as_variances(variances)
     nodes = _nodes(process, grid, solver)
     std = gaussian_output_std(process, lam, nodes, solver=solver)
     alpha, sigma = process.alpha(nodes[-1]), process.sigma(nodes[-1])
@@ -213,7 +200,7 @@ def oracle_grid(
     """
     K = positive_int(K, "K")
     seed = positive_int(seed, "seed", minimum=0)
-    lam = _variances(variances)
+    lam = as_variances(variances)
     first = lam.new_tensor([check_process(process).t_max, 0.0])
     if K == 1:
         return _nodes(process, first, solver)

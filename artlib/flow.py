@@ -25,12 +25,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._ask import Ask, exact_time, network_dtypes
-from ._checks import check_samples
+from ._ask import Ask, check_rows, exact_time, network_dtypes
+from ._checks import check_samples, got
 from ._log_level import log_level, log_level_dot
 from ._path_derivative import Acceleration, PathDerivative, derivative_matrix
 from ._precision import at_least_single, full_precision
@@ -128,7 +129,12 @@ class ProbabilityFlow:
 
         Returns:
             A flow to call with states [n, *shape] of these samples.
+
+        Raises:
+            ValueError: If a denoiser of `artlib.adapters` holds conditions for another
+                number of samples than there are.
         """
+        check_rows(self.denoiser, count)
         flow = copy.copy(self)
         flow.denoiser = Part(rows_of(self.denoiser, index), self.denoiser, count)
         return flow
@@ -164,6 +170,7 @@ class ProbabilityFlow:
                 dtype than the one that it is called in.
             ValueError: If it returns another shape, or takes one time per sample only.
         """
+        _check_states(x)
         denoised = self._ask(
             self.denoiser,
             x,
@@ -225,6 +232,7 @@ class ProbabilityFlow:
             RuntimeError: With ``acceleration="jvp"``, if the network rejects forward
                 mode or silently drops it.
         """
+        _check_states(x)
         # A JVP under inference mode is silently zero; clones made outside it are
         # ordinary tensors again.
         with (
@@ -265,7 +273,7 @@ class ProbabilityFlow:
 
     def stiffness(self, x: Tensor, t: TimeLike) -> Tensor:
         """Norm |Q| per sample, [N], in float32 at least; see `acceleration`."""
-        wide = x.to(at_least_single(x.dtype))
+        wide = _check_states(x).to(at_least_single(x.dtype))
         return self.acceleration(wide, t).flatten(1).norm(dim=1)
 
     @full_precision()
@@ -386,6 +394,29 @@ class ProbabilityFlow:
         return flow
 
 
+def _check_states(x: Any) -> Tensor:
+    """States to evaluate; they may be NaN, or carry a graph."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(
+            f"x: expected a floating-point tensor [N, *shape], got {got(x)}"
+        )
+    return x
+
+
+def check_flow(flow: Any) -> ProbabilityFlow:
+    """Refuse what is no flow.
+
+    Raises:
+        TypeError: Saying how to make one.
+    """
+    if not isinstance(flow, ProbabilityFlow):
+        raise TypeError(
+            f"flow: expected a ProbabilityFlow, got {got(flow)}; wrap a denoiser as "
+            "ProbabilityFlow(process, denoiser)"
+        )
+    return flow
+
+
 class _InVE:
     """The denoiser of a flow in coordinates x / alpha, at the noise level."""
 
@@ -396,6 +427,9 @@ class _InVE:
         process = self._flow.process
         t = process.inverse_noise_level(exact_time(level, y))
         return self._flow.denoise(_scale(process.alpha(t), y) * y, t)
+
+    def check_rows(self, count: int) -> None:
+        check_rows(self._flow.denoiser, count)
 
     def rows(self, index: Rows) -> _InVE:
         part = rows_of(self._flow.denoiser, index)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ._reference_path import Trajectory
-from .flow import ProbabilityFlow
+from .flow import ProbabilityFlow, check_flow
 from .solvers import GridLike
 from .solvers import sample as sample_here
 
@@ -113,11 +113,7 @@ def split(flow: ProbabilityFlow, accelerator: Any | None = None) -> ParallelFlow
         TypeError: If ``flow`` is no flow or ``accelerator`` none of accelerate's.
         ImportError: If accelerate is not installed.
     """
-    if not isinstance(flow, ProbabilityFlow):
-        raise TypeError(
-            f"flow: expected a ProbabilityFlow, got {type(flow).__name__}; wrap a "
-            "denoiser as ProbabilityFlow(process, denoiser)"
-        )
+    check_flow(flow)
     if accelerator is None:
         try:
             from accelerate import Accelerator

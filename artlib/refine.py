@@ -40,7 +40,7 @@ from ._rows import in_batches
 from ._solver_choice import Step, solver_of
 from ._stiffness import check_process
 from .denoisers import CountNFE
-from .flow import ProbabilityFlow
+from .flow import ProbabilityFlow, check_flow
 from .processes import Process
 from .schedules import Schedule, from_grid
 
@@ -317,11 +317,7 @@ def _problem(
             f"schedule: expected a Schedule to start from, got "
             f"{type(schedule).__name__}; artlib.art(flow, x_T) makes one"
         )
-    if not isinstance(flow, ProbabilityFlow):
-        raise TypeError(
-            f"flow: expected a ProbabilityFlow, got {type(flow).__name__}; wrap a "
-            "denoiser as ProbabilityFlow(process, denoiser)"
-        )
+    check_flow(flow)
     check_process(schedule, flow.process)
     if positive_int(K, "K") < 2:
         raise ValueError(f"K: expected at least 2, got {K}; one step has no inner node")

@@ -33,14 +33,21 @@ import torch
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
-from ._checks import as_grid, check_samples, generator, positive_int, require_finite
+from ._checks import (
+    as_grid,
+    check_samples,
+    generator,
+    got,
+    positive_int,
+    require_finite,
+)
 from ._log_level import log_level, log_level_dot, table_times
 from ._precision import full_precision
 from ._rows import in_batches
 from ._types import SeedLike
 from .denoisers import CountNFE
-from .flow import ProbabilityFlow
-from .processes import Process
+from .flow import ProbabilityFlow, check_flow
+from .processes import Process, check_process
 from .schedules import Schedule, from_density
 
 __all__ = ["JumpCosts", "euler_jumps", "girsanov", "girsanov_bound"]
@@ -163,6 +170,7 @@ def euler_jumps(
     Raises:
         ValueError: If ``x_T`` or the denoiser holds NaN or the wrong shape.
     """
+    check_flow(flow)
     x_T, points = check_samples(x_T), positive_int(points, "points", minimum=2)
     batch = None if batch is None else positive_int(batch, "batch")
     counter = CountNFE(flow.denoiser)
@@ -219,6 +227,7 @@ def girsanov(
         ValueError: If ``x_0`` or the denoiser holds NaN or the wrong shape, or the loss
             does not depend on the noise level.
     """
+    check_flow(flow)
     x_0, points = check_samples(x_0, "x_0"), positive_int(points, "points", minimum=5)
     process, times = flow.process, table_times(flow.process, points)
     rng = generator(seed)
@@ -275,6 +284,12 @@ def girsanov_bound(
     Raises:
         ValueError: If the list is no grid, or starts where no signal is left.
     """
+    check_process(process)
+    if not callable(loss):
+        raise TypeError(
+            f"loss: expected a function of noise levels, got {got(loss)}; pass one "
+            "that gives the denoising loss at levels [n]"
+        )
     nodes, points = as_grid(grid), positive_int(points, "points", minimum=2)
     levels = process.noise_level(nodes[nodes > process.t_min])
     end = process.noise_level(process.t_min).reshape(1)

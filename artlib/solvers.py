@@ -28,14 +28,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import as_grid, check_samples, finite_float, positive_int
+from ._checks import as_grid, check_samples, finite_float, got, positive_int
 from ._integrators import StepCallback, integrate, integrate_adaptive
 from ._precision import at_least_single
 from ._rows import in_batches
 from ._solver_choice import SOLVERS, Solver, Step, solver_of
 from .clocks import Clock, integrate_with
 from .denoisers import CountNFE
-from .flow import ProbabilityFlow
+from .flow import ProbabilityFlow, check_flow
 from .processes import VE
 
 __all__ = ["SOLVERS", "GridLike", "Solver", "Step", "StepCallback", "nfe", "sample"]
@@ -104,9 +104,14 @@ def sample(
         Karras et al., https://arxiv.org/abs/2206.00364, algorithm 1 (Heun).
     """
     kind = solver_of(solver, adaptive=True)
-    _check_flow(flow)
+    check_flow(flow)
     x_T = check_samples(x_T, "x_T").detach()
     x_T = x_T.to(at_least_single(x_T.dtype))
+    if callback is not None and not callable(callback):
+        raise TypeError(
+            f"callback: expected a function of (k, t, x), got {got(callback)}; leave "
+            "it out for none"
+        )
     if batch is not None:
         if callback is not None:
             raise ValueError(
@@ -209,11 +214,3 @@ def _counted(kind: Solver) -> int:
 def _fixed() -> list[str]:
     """Names of the solvers that step through a grid."""
     return [name for name, kind in SOLVERS.items() if not kind.adaptive]
-
-
-def _check_flow(flow: ProbabilityFlow) -> None:
-    if not isinstance(flow, ProbabilityFlow):
-        raise TypeError(
-            f"flow: expected a ProbabilityFlow, got {type(flow).__name__}; wrap a "
-            "denoiser as ProbabilityFlow(process, denoiser)"
-        )

@@ -31,12 +31,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import as_grid, check_samples, finite_float, generator, require_finite
+from ._adaptive import not_finite
+from ._checks import (
+    as_grid,
+    as_variances,
+    check_samples,
+    finite_float,
+    generator,
+    positive_int,
+    real_number,
+    require_finite,
+)
 from ._integrators import integrate
 from ._precision import at_least_single, holds_double
+from ._rows import in_batches
 from ._types import SeedLike
-from .flow import ProbabilityFlow
-from .processes import VE, Process
+from .flow import ProbabilityFlow, check_flow
+from .processes import VE, Process, check_process
 
 __all__ = ["gaussian_stochastic_std", "sample_stochastic"]
 
@@ -75,6 +86,7 @@ def sample_stochastic(
     s_max: float = math.inf,
     s_noise: float = 1.0,
     seed: SeedLike | None = None,
+    batch: int | None = None,
 ) -> Tensor:
     r"""Sample with fresh noise on the way.
 
@@ -91,6 +103,9 @@ def sample_stochastic(
         s_noise: Factor on the standard deviation of all fresh noise, > 0.
         seed: A seed or a generator of the fresh noise, which repeats it; by default
             every call draws other noise, from the operating system's randomness.
+        batch: Samples computed together, which bounds the memory; by default all. The
+            noise of a sample does not depend on it. Conditions go with their samples
+            (`ProbabilityFlow.rows`).
 
     Returns:
         States at the last node [N, *shape], in the dtype of ``x_T``; half precision is
@@ -105,15 +120,12 @@ def sample_stochastic(
         Karras et al., https://arxiv.org/abs/2206.00364, algorithm 2 (churn); the
         ancestral step is DDPM's, https://arxiv.org/abs/2006.11239, in these units.
     """
-    if not isinstance(flow, ProbabilityFlow):
-        raise TypeError(
-            f"flow: expected a ProbabilityFlow, got {type(flow).__name__}; wrap a "
-            "denoiser as ProbabilityFlow(process, denoiser)"
-        )
+    check_flow(flow)
     x = check_samples(x_T).detach()
     x = x.to(at_least_single(x.dtype))
     process = flow.process
     nodes = as_grid(grid)
+    batch = None if batch is None else positive_int(batch, "batch")
     plan = _plan(process, nodes, method, solver, eta, (churn, s_min, s_max), s_noise)
     if seed is None:
         rng = torch.Generator(x.device)
@@ -136,8 +148,15 @@ def sample_stochastic(
         for k in range(len(plan.level)):
             y = add(y, plan.level[k], plan.raised[k])
             pair = torch.stack([plan.raised[k], plan.lowered[k]])
-            y = integrate(plain, y, pair, plan.solver)
-            y = add(y, plan.lowered[k], plan.next[k])
+            try:
+                parts = in_batches(plain, [y], batch)
+                ends = [integrate(part, z, pair, plan.solver) for part, (z,) in parts]
+            except ValueError as error:
+                if "became NaN or infinite" in str(error):
+                    where = f"at step {k + 1} of {len(plan.level)}, from t = "
+                    raise not_finite(f"{where}{float(nodes[k]):.6g}") from error
+                raise
+            y = add(torch.cat(ends), plan.lowered[k], plan.next[k])
     require_finite(y, "sample_stochastic", "check the denoiser, or lower churn")
     return y * process.alpha(nodes[-1]).to(y.dtype)
 
@@ -178,13 +197,8 @@ def gaussian_stochastic_std(
     Raises:
         ValueError: If an argument is out of its range.
     """
-    lam = torch.as_tensor(variances, dtype=torch.float64).detach().cpu()
-    if lam.ndim != 1 or lam.numel() == 0 or not bool((lam >= 0).all()):
-        raise ValueError(
-            "variances: expected eigenvalues >= 0, shape [d], got "
-            f"{tuple(lam.shape)} with least value {float(lam.min()):.3g}"
-        )
-    require_finite(lam, "variances", "give finite eigenvalues")
+    check_process(process)
+    lam = as_variances(variances)
     nodes = as_grid(grid)
     plan = _plan(process, nodes, method, solver, eta, (churn, s_min, s_max), s_noise)
     top = float(plan.raised.max())
@@ -220,11 +234,13 @@ def _plan(
     if solver not in allowed:
         raise ValueError(f"solver: {method} goes with one of {allowed}, got {solver!r}")
     scale = finite_float(s_noise, "s_noise", positive=True)
-    if not 0 <= finite_float(eta, "eta") <= 1:
+    eta = finite_float(eta, "eta")
+    if not 0 <= eta <= 1:
         raise ValueError(f"eta: expected a number within [0, 1], got {eta}")
-    amount, s_min, s_max = churning
-    if not finite_float(amount, "churn") >= 0:
+    amount = finite_float(churning[0], "churn")
+    if amount < 0:
         raise ValueError(f"churn: expected a number >= 0, got {amount}")
+    s_min, s_max = finite_float(churning[1], "s_min"), real_number(churning[2], "s_max")
     if not 0 <= s_min <= s_max:
         raise ValueError(f"s_min: expected 0 <= s_min <= s_max, got {s_min}, {s_max}")
     if float(nodes[0]) > process.t_max * (1 + 1e-6):
