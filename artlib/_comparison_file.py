@@ -11,6 +11,7 @@ lock. So two runs that share a file lose nothing of each other's.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ._comparison_table import Comparison, HasGrid
-from ._files import write_bytes
+from ._files import check_output, fcntl, write_bytes
 from .flow import ProbabilityFlow
 from .processes import Process
 
@@ -170,7 +171,7 @@ class ComparisonFile:
         schedules: Mapping[str, HasGrid],
         measures: Mapping[str, float],
     ) -> None:
-        self._path, self._name = Path(os.path.realpath(path)), os.fspath(path)
+        self._path, self._name = check_output(path), os.fspath(path)
         self._origin = origin
         self._schedules, self._measures = schedules, dict(measures)
         self._made: dict[str, dict[str, dict[str, Any]]] = {}
@@ -311,24 +312,66 @@ def _numbers(measures: Mapping[str, float]) -> dict[str, float | None]:
 def _alone(path: Path, name: str) -> Iterator[None]:
     """While it lasts, no other run or thread writes the file.
 
-    A file beside it, which only one can make, is the lock: that holds on all systems
-    and over a network.
+    The lock is a file beside it that its owner holds by the system's own lock, which
+    ends with the process: what a killed run leaves behind hinders nobody. Where there
+    is no such lock (Windows, some network folders), that the file exists is the lock.
     """
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
     lock = path.with_name(f".artlib-{digest}.lock")
     deadline = time.monotonic() + _PATIENCE
+    take = _created if fcntl is None else _locked
     while True:
         try:
-            os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            held = take(lock)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS or take is _created:
+                raise
+            take = _created
+            continue
+        if held is not None:
             break
-        except FileExistsError:
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"file: {name} is being written by another run; if there is "
-                    f"none, delete {lock}"
-                ) from None
-            time.sleep(0.02)
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"file: {name} is being written by another run; if there is "
+                f"none, delete {lock}"
+            )
+        time.sleep(0.02)
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)  # while it is still held
+        os.close(held)
+
+
+_NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+"""What a folder answers that has no locks."""
+
+
+def _locked(lock: Path) -> int | None:
+    """The descriptor of a lock file that is locked now, or None if it cannot be yet."""
+    made = _created(lock)
+    try:
+        held = os.open(lock, os.O_RDWR | os.O_NOFOLLOW) if made is None else made
+    except FileNotFoundError:  # gone with its last owner
+        return None
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(held), os.stat(lock)):
+            return held
+    except (BlockingIOError, FileNotFoundError):  # another has it, or had it
+        pass
+    except OSError:
+        os.close(held)
+        if made is not None:
+            lock.unlink(missing_ok=True)
+        raise
+    os.close(held)
+    return None
+
+
+def _created(lock: Path) -> int | None:
+    """The descriptor of a lock file made now, or None if there is one."""
+    try:
+        return os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        return None

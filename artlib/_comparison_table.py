@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from ._bootstrap import Interval, percentiles, resample, statistic
+from ._checks import got
 
 
 @runtime_checkable
@@ -77,7 +78,7 @@ class Comparison:
         """
         try:
             return np.array(self.cells[f"{solver} {K}"][label][measure])
-        except KeyError:
+        except (KeyError, TypeError):  # a key of another type
             raise KeyError(
                 f"nothing measured for {solver!r}, K = {K}, {label!r}, {measure!r}; "
                 f"there is {list(self.cells)} with {self.labels(solver)}"
@@ -109,7 +110,7 @@ class Comparison:
         """
         try:
             return np.concatenate(self.samples[f"{solver} {K}"][label])
-        except KeyError:
+        except (KeyError, TypeError):  # a key of another type
             raise KeyError(
                 f"no errors of single samples for {solver!r}, K = {K}, {label!r}; "
                 "measure it again with compare(..., ends=references(flow, noises))"
@@ -190,6 +191,11 @@ class Comparison:
                 numbers of samples, or the other's number is 0.
         """
         against = (solver, K, other) if isinstance(other, str) else other
+        if not isinstance(against, tuple) or len(against) != 3:
+            raise TypeError(
+                "other: expected the label of a schedule, or (solver, K, label), got "
+                f"{got(other)}"
+            )
         errors = self.paired([(solver, K, label), against])
         draws = resample(errors, measure, resamples=resamples, seed=seed)
         found = statistic(errors, measure)

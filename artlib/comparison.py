@@ -19,21 +19,23 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ._bootstrap import Interval
-from ._checks import check_samples, positive_int
+from ._checks import check_samples, finite_float, got, positive_int
 from ._comparison_file import ComparisonFile, Origin, probe_grid
 from ._comparison_table import Cell, Comparison, HasGrid, rounded
+from ._files import check_output
 from ._precision import full_precision
 from ._quality import nfe_ratio, nfe_to_quality
 from ._solver_choice import Step, solver_of
 from .denoisers import CountNFE
-from .flow import ProbabilityFlow
+from .flow import ProbabilityFlow, check_flow
 from .metrics import terminal_error
 from .processes import Process
 from .schedules import Schedule, edm, kl_optimal, log_snr, uniform
@@ -97,10 +99,10 @@ def references(
     Returns:
         float64 tensors of the same shapes.
     """
-    return [
-        sample(flow, noise, solver="dopri5", rtol=rtol, atol=rtol, batch=batch)
-        for noise in noises
-    ]
+    check_flow(flow)
+    tolerance = finite_float(rtol, "rtol", positive=True)
+    options: dict[str, Any] = {"rtol": tolerance, "atol": tolerance, "batch": batch}
+    return [sample(flow, x, solver="dopri5", **options) for x in _checked(noises)]
 
 
 @full_precision()
@@ -148,7 +150,18 @@ def compare(
             reference.
         TimeoutError: If another run does not let go of the file.
     """
-    noises = [check_samples(noise, "noises") for noise in noises]
+    check_flow(flow)
+    noises = _checked(noises)
+    for name, given in (("schedules", schedules), ("budgets", budgets)):
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"{name}: expected a dict, such as {_EXAMPLES[name]}, got {got(given)}"
+            )
+    if measure is not None and not callable(measure):
+        raise TypeError(
+            f"measure: expected a function of samples, got {got(measure)}; pass "
+            "lambda x: {'name': number}"
+        )
     if not noises or not schedules or not budgets:
         raise ValueError("noises, schedules, budgets: each needs at least one entry")
     if ends is None and measure is None:
@@ -156,6 +169,8 @@ def compare(
             "ends: nothing to measure; pass ends=references(flow, noises), a measure, "
             "or both"
         )
+    if ends is not None:
+        ends = _checked(ends, "ends")
     if ends is not None and [e.shape for e in ends] != [n.shape for n in noises]:
         raise ValueError(
             "ends: expected one tensor per seed, of the shape of its noise; make them "
@@ -164,6 +179,8 @@ def compare(
     batch = positive_int(batch, "batch")
     _check_processes(schedules, flow.process)
     solvers = _by_name(budgets, file)
+    if file is not None:
+        check_output(file)
     table = Comparison(count=len(noises[0]))
     store = None
     if file is not None:
@@ -213,6 +230,23 @@ def compare(
         if samples:
             table.samples.setdefault(key, {})[label] = samples
     return table
+
+
+_EXAMPLES = {
+    "schedules": "{'EDM': artlib.edm(process)}",
+    "budgets": "{'heun': [5, 10]}",
+}
+
+
+def _checked(noises: Any, name: str = "noises") -> list[Tensor]:
+    """Every seed's tensor checked, before anything is spent on the first."""
+    single = isinstance(noises, Tensor) and noises.ndim < 3
+    if single or not isinstance(noises, Iterable):
+        raise TypeError(
+            f"{name}: expected a list with a tensor [N, *shape] for each seed, got "
+            f"{got(noises)}; put a single one into brackets"
+        )
+    return [check_samples(x, f"{name}[{k}]") for k, x in enumerate(noises)]
 
 
 def _by_name(

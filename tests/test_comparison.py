@@ -1,5 +1,6 @@
 """Comparisons: what they report is what sampling by hand gives, whatever happens."""
 
+import errno
 import io
 import json
 import os
@@ -369,6 +370,76 @@ def test_a_file_that_another_run_does_not_let_go_is_named(
     ):
         compare(*arguments, ends=ends, file=file)
     compare(*arguments, ends=ends, file=file)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from artlib._comparison_file import _alone
+with _alone(Path(sys.argv[1]), "table"):
+    print("holds it", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the system has no such locks")
+def test_the_lock_of_a_killed_run_hinders_nobody(flow, noises, tmp_path, monkeypatch):
+    file, ends = tmp_path / "table.json", exact_ends(noises)
+    arguments = (flow, {"EDM": artlib.edm(flow.process)}, noises, {"euler": [2]})
+    run = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(file)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(artlib.__file__).parents[1])},
+    )
+    assert run.stdout.readline() == "holds it\n"
+    monkeypatch.setattr("artlib._comparison_file._PATIENCE", 0.1)
+    with pytest.raises(TimeoutError, match="being written by another run"):
+        compare(*arguments, ends=ends, file=file)
+    run.kill()
+    run.communicate()
+    (lock,) = tmp_path.glob(".artlib-*.lock")  # it is left, but not held
+    compare(*arguments, ends=ends, file=file)
+    assert not lock.exists()
+    assert file.is_file()
+
+
+def test_without_locks_of_the_system_a_lock_file_is_one(
+    flow, noises, tmp_path, monkeypatch
+):
+    def refuses(descriptor, operation):
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    file, ends = tmp_path / "table.json", exact_ends(noises)
+    arguments = (flow, {"EDM": artlib.edm(flow.process)}, noises, {"euler": [2]})
+    monkeypatch.setattr("artlib._comparison_file._PATIENCE", 0.1)
+    if _comparison_file.fcntl is not None:
+        monkeypatch.setattr(_comparison_file.fcntl, "flock", refuses)
+    with _comparison_file._alone(file, "table"):
+        assert len(list(tmp_path.glob(".artlib-*.lock"))) == 1
+        with pytest.raises(TimeoutError, match="being written by another run"):
+            compare(*arguments, ends=ends, file=file)
+        assert len(list(tmp_path.glob(".artlib-*.lock"))) == 1
+    compare(*arguments, ends=ends, file=file)
+    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
+
+
+def test_a_file_that_cannot_be_written_costs_nothing(flow, noises, tmp_path):
+    counter = artlib.CountNFE(flow.denoiser)
+    arguments = ({"EDM": artlib.edm(flow.process)}, noises, {"euler": [2]})
+    for file, error in (
+        (tmp_path, IsADirectoryError),
+        (tmp_path / "none" / "a.json", FileNotFoundError),
+    ):
+        with pytest.raises(error, match=str(file)):
+            compare(
+                flow.with_denoiser(counter),
+                *arguments,
+                ends=exact_ends(noises),
+                file=file,
+            )
+    assert counter.nfe == 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
