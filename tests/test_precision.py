@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from problems import mixture_16d
+from torch import Tensor
 
 import artlib
 from artlib import rivals
@@ -126,12 +127,25 @@ def test_threads_share_the_switch(user: tuple[bool, ...]) -> None:
     assert allowed() == user
 
 
+class Recorded(artlib.PredictedClock):
+    devices: set[str]
+
+    def start(self, flow: artlib.ProbabilityFlow, x_T: Tensor) -> None:
+        super().start(flow, x_T)
+        self.devices = set()
+
+    def advance(self, k: int, t: Tensor, x: Tensor, denoised: Tensor) -> Tensor:
+        assert t.dtype == torch.float64
+        self.devices.add(t.device.type)
+        return super().advance(k, t, x, denoised)
+
+
 def test_a_device_without_float64_is_named_and_sampled_on(
     accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if accelerator.type == "cuda":
         pytest.skip("the simulated device stands for Apple's GPUs")
-    for name in ("_ask", "_integrators", "stochastic", "_precision"):
+    for name in ("_ask", "_integrators", "clocks", "stochastic", "_precision"):
         monkeypatch.setattr(
             f"artlib.{name}.holds_double", lambda device: device.type == "cpu"
         )
@@ -152,6 +166,14 @@ def test_a_device_without_float64_is_named_and_sampled_on(
             .isfinite()
             .all()
         )
+        for solver in ("euler", "heun"):
+            # A clock's times are float64, so they stay where there is such a thing.
+            clock = Recorded(artlib.stiffness_table(flow, PROBLEM.x_T, points=8), 4)
+            there = artlib.sample(f, x.to(accelerator), clock=clock, solver=solver)
+            assert clock.devices == {"cpu"}
+            torch.testing.assert_close(
+                there.cpu(), artlib.sample(f, x, clock=clock, solver=solver)
+            )
         with pytest.raises(TypeError, match=r"x_T: it is on .*no float64"):
             f.trajectory(x.to(accelerator), [2.0, 1.0])
         with pytest.raises(TypeError, match=r"x_T: it is on .*no float64"):
