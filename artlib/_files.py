@@ -118,8 +118,10 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
                     temporary.unlink()
                 raise
     except OSError as error:
-        # The temporary file means nothing to whoever asked for the target.
-        error.filename, error.filename2 = os.fsdecode(path), None
+        # The temporary file means nothing to whoever asked for the target. (An error
+        # without a number says all in its text, which a name would hide.)
+        if error.errno is not None:
+            error.filename, error.filename2 = os.fsdecode(path), None
         raise
 
 
