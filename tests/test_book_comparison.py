@@ -1,6 +1,7 @@
 """Tables of chapters: stored by a full run, and compared with the code of today."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -29,6 +30,12 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("ARTLIB_RESULTS", str(tmp_path / "notebooks" / "results"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ARTLIB_FULL", raising=False)
+
+
+def results_file():
+    folder = Path(os.environ["ARTLIB_RESULTS"])
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / "ch99-test.json"
 
 
 def run(flow, *, schedules=None, part=None, **more):
@@ -75,7 +82,7 @@ def full_run(monkeypatch, flow, **more):
 
 def change(path, *, by):
     """Multiply the number at a path of the stored results."""
-    file = Path("notebooks/results/ch99-test.json")
+    file = results_file()
     stored = json.loads(file.read_text())
     *way, last = path
     place = stored["results"]
@@ -180,7 +187,7 @@ def test_a_table_of_before_is_compared_with_the_part_that_it_holds(monkeypatch):
         {"euler": [2]},
         ends=artlib.references(flow, noises),
     )
-    file = Path("notebooks/results/ch99-test.json")
+    file = results_file()
     stored = json.loads(file.read_text())
     tables = {"table": whole.to_dict(), "part": part.to_dict()}
     for table in tables.values():
@@ -200,7 +207,7 @@ def test_without_results_the_message_says_how_to_make_them():
 @pytest.mark.parametrize("text", ['{"made": {}, "resul', "[1, 2]", '{"made": {}}'])
 def test_damaged_results_are_refused_by_name(text):
     book.save_results("ch99-test", {}, seed=0)
-    Path("notebooks/results/ch99-test.json").write_text(text)
+    results_file().write_text(text)
     with pytest.raises(ValueError, match=r"ch99-test\.json: expected what save"):
         book.load_results("ch99-test")
 
