@@ -251,7 +251,7 @@ def girsanov(
             "flow: the denoising loss is the same at all noise levels; is the denoiser "
             "a constant?"
         )
-    slope = np.maximum(PchipInterpolator(level, rising).derivative()(level), 0)[::-1]
+    slope = PchipInterpolator(level, rising).derivative()(level)[::-1]
     alpha, sigma = process.alpha(times), process.sigma(times)
     w = process.sigma_dot(times) * alpha - process.alpha_dot(times) * sigma
     rate = torch.from_numpy(slope.copy()) * log_level_dot(process, times)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import artlib
-from artlib import _comparison_file
+from artlib import _bootstrap, _comparison_file
+from artlib._comparison_file import Origin
 from artlib.comparison import (
     Comparison,
     baselines,
@@ -50,6 +51,14 @@ def test_references_are_the_exact_ends(flow, noises):
         references(flow, noises, batch=30), exact_ends(noises), strict=True
     ):
         torch.testing.assert_close(found, exact, rtol=0, atol=1e-4)
+
+
+def test_the_tolerance_of_references_is_relative_and_absolute(flow, noises):
+    x = 1e-3 * noises[0]  # a state where the absolute one decides
+    (found,) = references(flow, [x], rtol=1e-4)
+    both = {"solver": "dopri5", "rtol": 1e-4, "atol": 1e-4}
+    assert torch.equal(found, artlib.sample(flow, x, **both))
+    assert not torch.equal(found, artlib.sample(flow, x, **both | {"atol": 1e-6}))
 
 
 def test_error_nfe_and_measures_are_those_of_sampling_by_hand(flow, noises):
@@ -159,6 +168,11 @@ def test_a_file_of_another_problem_is_refused_and_stays(flow, noises, tmp_path):
     other = artlib.ProbabilityFlow(process, other_law().denoiser(process))
     moved = [noises[0].clone(), noises[1].clone()]
     moved[1][7, 1] += 0.1  # one number of the second seed
+    exchanged = [noises[0].clone(), noises[1].clone()]
+    exchanged[0][[3, 4]] = noises[0][[4, 3]]  # of the same size
+    longer = artlib.VE(sigma_max=20.0 * (1 + 1e-6))
+    law = artlib.Gaussian(torch.zeros(3), torch.diag(VARIANCES))
+    long = artlib.ProbabilityFlow(longer, law.denoiser(longer))
     shorter = artlib.VE(sigma_max=19.0)
     short = artlib.ProbabilityFlow(shorter, other_law().denoiser(shorter))
     for run, part in (
@@ -175,6 +189,21 @@ def test_a_file_of_another_problem_is_refused_and_stays(flow, noises, tmp_path):
                 flow, schedules, noises[::-1], budgets, ends=ends[::-1], file=file
             ),
             "noises",
+        ),
+        (
+            lambda: compare(flow, schedules, exchanged, budgets, ends=ends, file=file),
+            "noises",
+        ),
+        (
+            lambda: compare(
+                long,
+                {"EDM": artlib.edm(longer)},
+                noises,
+                budgets,
+                ends=ends,
+                file=file,
+            ),
+            "the flow's process",
         ),
         (
             lambda: compare(
@@ -263,6 +292,12 @@ def test_cells_of_another_grid_or_measure_are_computed_again(flow, noises, tmp_p
     assert run(uniform, [2, 3], spread) == run(uniform, [2, 3], spread, file=None)
     run(uniform, [2, 3], spread)
     assert counter.calls == 3
+
+    def wider(x):
+        return {"size": 1.01 * float(x.std())}
+
+    assert run(uniform, [2, 3], wider) == run(uniform, [2, 3], wider, file=None)
+    run(uniform, [2, 3], spread)
     with pytest.raises(ValueError, match=r"table\.json holds 'size' of 'EDM' by ano"):
         run(edm, [2], mean, label="other")
     # Without measures, what is there of other labels stays.
@@ -286,6 +321,44 @@ def test_what_others_measured_of_a_cell_stays(flow, noises, tmp_path):
     assert both.samples == first.samples
     stored = Comparison.from_dict(json.loads(file.read_text()))
     assert stored == both == compare(*arguments, ends=ends, measure=mean, file=file)
+
+
+def test_references_stay_known_when_a_run_has_none(flow, noises, tmp_path):
+    file, ends = tmp_path / "table.json", exact_ends(noises)
+    arguments = (flow, {"EDM": artlib.edm(flow.process)}, noises, {"euler": [2]})
+    compare(*arguments, ends=ends, file=file)
+    compare(*arguments, measure=lambda x: {"mean": float(x.mean())}, file=file)
+    moved = [1.1 * end for end in ends]
+    with pytest.raises(ValueError, match=r"table\.json .* comparison: ends differed"):
+        compare(*arguments, ends=moved, file=file)
+
+
+def test_a_run_returns_what_it_measured_itself(flow, noises, tmp_path):
+    """Whatever another run writes of the same cells in the meantime."""
+    file, ends = tmp_path / "table.json", exact_ends(noises)
+    schedules, budgets = {"EDM": artlib.edm(flow.process)}, {"euler": [2, 3]}
+
+    def meddling(x):
+        data = json.loads(file.read_text()) if file.exists() else {"cells": {}}
+        if "euler 2" in data["cells"]:
+            data["cells"]["euler 2"]["EDM"]["error"][0] *= 1.5
+            file.write_text(json.dumps(data))
+        return {"mean": float(x.mean())}
+
+    options = {"ends": ends, "measure": meddling}
+    found = compare(flow, schedules, noises, budgets, file=file, **options)
+    file.unlink()
+    assert found == compare(flow, schedules, noises, budgets, **options)
+
+
+def test_a_flow_is_known_again_as_far_as_its_dtype_resolves_it():
+    def origin(flow, dtypes):
+        return Origin(["VE", 1.0], dtypes, [[1.0]], flow, None)
+
+    first, near = [1.0, 0.5], [1.001, 0.501]
+    half, single = (["torch.float64", f"torch.{d}"] for d in ("float16", "float32"))
+    assert origin(first, half).difference(origin(near, half)) is None
+    assert origin(first, single).difference(origin(near, single)) is not None
 
 
 def test_a_measure_that_cannot_be_known_again_says_so(flow, noises, tmp_path):
@@ -514,6 +587,8 @@ def test_quality_is_reached_where_a_power_law_says():
         assert nfe_to_quality(nfe, error, goal) == pytest.approx(expected)
     assert nfe_to_quality(nfe, error, 1.0) == 3.0
     assert np.isnan(nfe_to_quality(nfe, error, 1e-3))
+    last = float(error[-1])  # reached, though rounded otherwise
+    assert nfe_to_quality(nfe, error, last * (1 - 1e-15)) == pytest.approx(19.0)
 
 
 def test_an_error_that_comes_back_up_does_not_count_as_reached():
@@ -687,6 +762,14 @@ def test_a_table_from_before_there_were_errors_of_samples_still_loads():
         table.interval("heun", 3, "EDM")
 
 
+def test_draws_do_not_depend_on_how_many_are_held_at_a_time(monkeypatch):
+    errors = np.exp(np.random.default_rng(7).normal(size=(2, 30)))
+    expected = _bootstrap.resample(errors, "median", resamples=50, seed=1)
+    monkeypatch.setattr(_bootstrap, "_NUMBERS", 7 * errors.size)
+    found = _bootstrap.resample(errors, "median", resamples=50, seed=1)
+    assert np.array_equal(found, expected)
+
+
 def test_intervals_refused():
     table = made_up({(5, "A"): [0.1, 0.2], (5, "B"): [0.0, 0.3], (5, "C"): [1.0]})
     for arguments, message in (
@@ -704,6 +787,9 @@ def test_intervals_refused():
         table.ratio("euler", 5, "A", "C")
     with pytest.raises(ValueError, match=r"other: .* has median 0 on these samples"):
         table.ratio("euler", 5, "A", "B")
+    rare = made_up({(5, "A"): [0.1, 0.2, 0.3], (5, "B"): [0.0, 0.3, 0.4]})
+    with pytest.raises(ValueError, match=r"0 on these samples or some of them"):
+        rare.ratio("euler", 5, "A", "B")  # 0.3 on all, 0 on some draws
     with pytest.raises(ValueError, match="table: the median is 0 in some cell"):
         nfe_ratio(table, "euler", "A", ("euler", 5, "B"))
     with pytest.raises(KeyError, match="label: nothing measured for 'euler', 'D'"):

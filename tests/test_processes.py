@@ -505,3 +505,22 @@ def test_a_definition_that_is_run_again_replaces_the_older_one() -> None:
     assert type(Schedule.from_json(older.to_json()).process) is again
     with pytest.raises(ValueError, match="'own' belongs to Own; choose"):
         register_process(local)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_function_that_makes_classes_of_one_name_is_refused() -> None:
+    """Unlike a cell, a function may be called for two processes at a time."""
+
+    def define(power: float) -> type[Process]:
+        @dataclass(frozen=True)
+        class Own(Cosine):
+            name: ClassVar[str] = "own"
+            exponent: ClassVar[float] = power
+            t_min: float = 1e-3
+            t_max: float = 0.99
+
+        return Own
+
+    register_process(define(1.0))
+    with pytest.raises(ValueError, match=r"'own' belongs to .*define.<locals>.Own"):
+        register_process(define(2.0))

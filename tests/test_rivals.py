@@ -220,8 +220,9 @@ def test_one_evaluation_a_level_and_no_graph() -> None:
 def test_bad_input_is_named() -> None:
     target, flow = gaussian_flow(VE(), 1.0)
     x_T = target.sample_prior(VE(), 4, seed=0)
-    with pytest.raises(ValueError, match="K: 9 steps need at least 10 candidates"):
-        random_jumps(8, seed=0).grid(9)
+    for K in (8, 9):
+        with pytest.raises(ValueError, match=f"K: {K} steps need at least {K + 1}"):
+            random_jumps(8, seed=0).grid(K)
     with pytest.raises(ValueError, match="expected at least 1"):
         random_jumps(8, seed=0).grid(0)
     with pytest.raises(ValueError, match="points"):
@@ -239,6 +240,15 @@ def test_bad_input_is_named() -> None:
     jumps = random_jumps(8, seed=0)
     with pytest.raises(ValueError, match=r"costs: .* >= 0"):
         JumpCosts(jumps.process, jumps.times, -jumps.costs)
+    for bad in (float("nan"), float("inf")):
+        spoilt = jumps.costs.clone()
+        spoilt[2, 5] = bad
+        with pytest.raises(ValueError, match="costs"):
+            JumpCosts(jumps.process, jumps.times, spoilt)
+    twice = jumps.times.clone()
+    twice[3] = twice[2]
+    with pytest.raises(ValueError, match="times: expected candidates descending"):
+        JumpCosts(jumps.process, twice, jumps.costs)
     with pytest.raises(ValueError, match="times"):
         JumpCosts(jumps.process, jumps.times.flip(0), jumps.costs)
     with pytest.raises(ValueError, match=r"grid: .* signal left"):
