@@ -55,6 +55,13 @@ def test_denoise_keeps_the_tail_of_a_longer_grid(K: int, denoise: float) -> None
     torch.testing.assert_close(sigmas.double(), expected, rtol=1e-6, atol=0)
 
 
+def test_round_off_takes_no_step_of_the_longer_grid() -> None:
+    assert 7 / 0.07 < 100
+    schedule = artlib.log_snr(VE)
+    sigmas = schedule.to_k_diffusion(7, denoise=0.07).double()
+    torch.testing.assert_close(sigmas, schedule.grid(100)[93:], rtol=1e-6, atol=0)
+
+
 def test_coordinates() -> None:
     vp = artlib.VP()
     sigmas = artlib.beta(vp).to_k_diffusion(6)
@@ -229,6 +236,16 @@ def test_numbers_out_of_range_refused_by_the_node(
         comfyui.ARTSigmas().get_sigmas("a.json", steps, denoise)
 
 
+def test_the_node_takes_as_many_steps_as_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comfyui.install(artlib.edm(VE), tmp_path, "a")
+    monkeypatch.setattr(comfyui.ARTSigmas, "FOLDER", tmp_path)
+    most = comfyui.ARTSigmas.INPUT_TYPES()["required"]["steps"][1]["max"]
+    (sigmas,) = comfyui.ARTSigmas().get_sigmas("a.json", most)
+    assert len(sigmas) == most + 1
+
+
 def test_install_replaces_only_what_is_its_own(tmp_path: Path) -> None:
     target = comfyui.install(artlib.edm(VE), tmp_path, "a")
     assert comfyui.install(artlib.log_snr(VE), tmp_path, "a.JSON") == target
@@ -256,6 +273,10 @@ def test_install_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="name: expected a plain"):
             comfyui.install(artlib.edm(VE), tmp_path / "new", name)
     assert not (tmp_path / "new").exists()
+    (tmp_path / "folder.json").mkdir()  # in the way of the schedule
+    with pytest.raises(IsADirectoryError):
+        comfyui.install(artlib.edm(VE), tmp_path, "folder", force=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["folder.json"]
 
 
 # Networks of the EDM family.
@@ -343,6 +364,26 @@ def test_noise_levels_are_rounded_and_the_range_narrowed() -> None:
     moved.to(torch.float64)
     assert {p.dtype for p in moved.parameters()} == {torch.float64}
     assert moved.class_labels.dtype == torch.float64
+
+
+def test_a_network_that_scales_its_input_in_place_changes_nothing() -> None:
+    class InPlace(EDMNetwork):
+        def forward(
+            self, x: Tensor, sigma: Tensor, class_labels: Tensor | None
+        ) -> Tensor:
+            found = super().forward(x.clone(), sigma.clone(), class_labels)
+            x.zero_()
+            sigma.zero_()
+            return found
+
+    x = torch.tensor([[0.3], [-4.0]])  # in the dtype of the network
+    t = torch.tensor([[0.5], [2.0]])
+    networks = {"guide": InPlace(shift=0.5), "guidance": 2.0}
+    found = nvlabs.denoiser(InPlace(), **networks)(x, t)
+    assert x.tolist() == [[pytest.approx(0.3)], [-4.0]]
+    assert t.tolist() == [[0.5], [2.0]]
+    networks["guide"] = EDMNetwork(shift=0.5)
+    assert torch.equal(found, nvlabs.denoiser(EDMNetwork(), **networks)(x, t))
 
 
 def test_bad_networks_are_refused() -> None:

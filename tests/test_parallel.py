@@ -75,7 +75,68 @@ class Team:
         self.num_processes, self.process_index = processes, index
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        assert rows.device.type == self.device.type
+        assert rows.is_contiguous()  # or NCCL refuses it
         return torch.cat([rows] * self.num_processes)
+
+
+class Labelled:
+    """The exact denoiser of N(m_i, 1/4), with a mean for each sample."""
+
+    def __init__(self, means: torch.Tensor) -> None:
+        self.means = means
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        assert len(x) == len(self.means)
+        return self.means + (x - self.means) / (1 + 4 * t**2)
+
+    def rows(self, index: Any) -> "Labelled":
+        return Labelled(self.means[index])
+
+
+def labelled(n: int) -> tuple[artlib.ProbabilityFlow, torch.Tensor]:
+    means = torch.linspace(-2.0, 2.0, n, dtype=torch.float64)[:, None]
+    flow = artlib.ProbabilityFlow(artlib.VE(0.01, 30.0), Labelled(means))
+    return flow, 30.0 * means.flip(0) + 1.0
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_conditions_go_with_the_rows_of_a_process(index: int) -> None:
+    flow, x_T = labelled(5)
+    part = parallel.split(flow, Team(2, index))
+    assert type(flow) is artlib.ProbabilityFlow  # a copy is split
+    own = [[0, 1, 2], [3, 4, 4]][index]
+    times = torch.logspace(1.4, -2, 17, dtype=torch.float64)
+    path, whole = part.trajectory(x_T, times), flow.trajectory(x_T, times)
+    for name in ("states", "denoised", "velocities"):
+        found, expected = getattr(path, name)[:, :3], getattr(whole, name)[:, own]
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        part.path_stiffness(whole)[:3], flow.path_stiffness(whole)[own]
+    )
+    grid = artlib.edm(flow.process).grid(4)
+    found = parallel.sample(part, x_T, grid, solver="heun")[:3]
+    expected = artlib.sample(flow, x_T, grid, solver="heun")[own]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_tolerance_reaches_the_solver() -> None:
+    flow, x_T = labelled(5)
+    times = torch.logspace(1.4, -2, 17, dtype=torch.float64)
+    coarse = {"method": "dopri5", "rtol": 1e-3}
+    found = parallel.split(flow, Team(1, 0)).trajectory(x_T, times, **coarse).states
+    assert torch.equal(found, flow.trajectory(x_T, times, **coarse).states)
+    fine = flow.trajectory(x_T, times, method="dopri5").states
+    assert not torch.equal(found, fine)
+
+
+def test_what_is_gathered_elsewhere_comes_home(accelerator: torch.device) -> None:
+    flow, x_T = labelled(4)
+    team = Team(1, 0)
+    team.device = accelerator
+    found = parallel.sample(parallel.split(flow, team), x_T, [30.0, 1.0, 0.0])
+    assert found.device.type == "cpu"
+    assert torch.equal(found, artlib.sample(flow, x_T, [30.0, 1.0, 0.0]))
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
