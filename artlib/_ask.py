@@ -132,14 +132,14 @@ def exact_time(t: TimeLike, x: Tensor) -> Tensor:
     return t.to(device).to(torch.float64)
 
 
-class _Explained(Exception):
+class Explained(Exception):
     """What goes wrong in the call of a network, said in the user's terms."""
 
 
-class _WrongDtype(_Explained, TypeError): ...
+class _WrongDtype(Explained, TypeError): ...
 
 
-class _WrongTime(_Explained, ValueError): ...
+class _WrongTime(Explained, ValueError): ...
 
 
 class Ask:
@@ -181,7 +181,7 @@ class Ask:
             kinds = self._took
         try:
             return _call(network, x, t, *kinds)
-        except _Explained:  # by a denoiser, of the network in it
+        except Explained:  # by a denoiser, of the network in it
             raise
         except Exception as error:
             return self._again(trial or network, x, t, [*dtypes], kinds, error)

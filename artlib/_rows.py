@@ -20,6 +20,7 @@ from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
+from ._ask import Explained
 from ._types import DenoiserFn
 
 Rows: TypeAlias = slice | Tensor
@@ -96,6 +97,9 @@ def in_batches(
         counter.nfe = most
 
 
+class _NeedsRows(Explained, ValueError): ...
+
+
 class Part:
     """A denoiser on a part of its samples, with an eye on what it fails on.
 
@@ -113,7 +117,7 @@ class Part:
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         try:
             denoised = self.denoiser(x, t)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, _NeedsRows):  # the latter of a part of it
             raise
         except Exception as error:
             if self._takes_all(x, t):
@@ -142,8 +146,8 @@ class Part:
             return False
         return True
 
-    def _needs_rows(self, part: int, why: str) -> ValueError:
-        return ValueError(
+    def _needs_rows(self, part: int, why: str) -> _NeedsRows:
+        return _NeedsRows(
             f"denoiser: it takes {self._count} samples and not {part}, as if it "
             "held a condition for each; give it a method rows(index) that "
             "returns the denoiser with the conditions of these rows, as "

@@ -245,6 +245,30 @@ def test_an_error_of_the_denoiser_itself_stays_as_it_is() -> None:
         table(ProbabilityFlow(PROCESS, broken), 4)
 
 
+def test_a_device_out_of_memory_is_no_matter_of_conditions() -> None:
+    def full(x: Tensor, t: Tensor) -> Tensor:
+        if len(x) < N:
+            raise torch.OutOfMemoryError("out of memory")
+        return x
+
+    with pytest.raises(torch.OutOfMemoryError):
+        table(ProbabilityFlow(PROCESS, full), 4)
+
+
+def test_labels_that_are_taken_once_are_refused_as_those_of_all() -> None:
+    """A part of a part is compared with the whole: ``rows`` gave a closure."""
+
+    class Once(Labelled):
+        def rows(self, index: Any) -> Any:
+            part = Labelled(self.means[index], self.widths[index])
+            return lambda x, t: part(x, t)
+
+    part = ProbabilityFlow(PROCESS, Once()).rows(slice(0, 6), N)
+    with pytest.raises(ValueError, match=r"^denoiser: it takes 11 samples") as told:
+        part.rows(slice(0, 3), 6).denoise(noise()[:3], 1.0)
+    assert str(told.value).count("give it a method rows") == 1
+
+
 def test_a_part_answered_with_all_rows_is_refused() -> None:
     """One sample against eleven labels broadcasts, and is no answer for one."""
     with pytest.raises(ValueError, match=r"condition for each.*\(11, 2\)"):
