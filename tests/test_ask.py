@@ -143,8 +143,9 @@ def test_a_hidden_dtype_is_named_and_refused(dtype: torch.dtype) -> None:
     }
     for denoiser in hidden.values():
         flow = artlib.ProbabilityFlow(VE(), denoiser)
-        with pytest.raises(TypeError, match=rf"ProbabilityFlow: dtype={dtype}"):
+        with pytest.raises(TypeError, match=rf"ProbabilityFlow: dtype={dtype}") as told:
             artlib.sample(flow, X, GRID)
+        assert str(told.value).count("it does not compute in") == 1  # said once
         flow = artlib.ProbabilityFlow(VE(), denoiser, dtype=dtype)
         assert artlib.sample(flow, X, GRID).dtype == F64
 
@@ -345,6 +346,50 @@ def test_own_noise_is_found_where_something_is_learned() -> None:
     flow = artlib.ProbabilityFlow(VE(), noisy, acceleration="difference")
     with pytest.warns(UserWarning, match="two answers to the same input"):
         artlib.art(flow, X, points=8)
+
+
+def test_a_denoiser_is_asked_twice_once() -> None:
+    calls: list[int] = []
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(len(x))
+        return EXACT(x, t)
+
+    flow = artlib.ProbabilityFlow(VE(), denoiser, acceleration="difference")
+    spent = []
+    for _ in range(3):
+        before = len(calls)
+        artlib.art(flow, X, points=8)
+        spent.append(len(calls) - before)
+    assert spent[1] == spent[2] <= spent[0] - 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "share", "same"),
+    [
+        (torch.float32, 1e-4, True),
+        (torch.float32, 1e-2, False),
+        (torch.bfloat16, 1e-2, True),
+    ],
+)
+def test_answers_a_rounding_apart_are_the_same(
+    dtype: torch.dtype, share: float, same: bool
+) -> None:
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        return EXACT(x.double(), t) * (1 + share * torch.rand(len(x), 1))
+
+    flow = artlib.ProbabilityFlow(VE(), denoiser, dtype=dtype)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        artlib.sample(flow, X, GRID)
+    assert bool(told) is not same
+
+
+def test_dropout_of_nothing_is_no_fault() -> None:
+    network = Layered(nn.Dropout(0.0)).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        artlib.sample(artlib.ProbabilityFlow(VE(), network), X, GRID)
 
 
 def test_training_mode_alone_and_draws_of_others_are_no_fault() -> None:

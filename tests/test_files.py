@@ -135,6 +135,41 @@ def test_the_owner_is_kept_where_that_is_allowed(tmp_path: Path) -> None:
     assert (file.stat().st_uid, file.stat().st_gid) == (12345, 23456)
 
 
+def test_a_file_that_cannot_be_given_away_runs_as_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root gives files away")
+    file = tmp_path / "file"
+    file.write_text("old")
+    os.chown(file, 12345, 23456)
+    file.chmod(0o4755)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(_files.os, "chown", refuse)
+    write_bytes(file, b"new")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o755
+
+
+def test_a_file_that_is_replaced_is_new(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+    os.utime(file, (0, 0))
+    write_bytes(file, b"new")
+    assert file.stat().st_mtime > time.time() - 3600
+
+
+def test_a_link_by_the_name_of_a_leftover_stays(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("other")
+    link = tmp_path / ".artlib-0123456789abcdef.tmp"
+    link.symlink_to("other")
+    write_bytes(tmp_path / "file", b"new")
+    assert link.is_symlink()
+    assert link.read_text() == "other"
+
+
 def test_a_new_file_has_the_usual_permissions(tmp_path: Path) -> None:
     usual = tmp_path / "usual"
     usual.write_text("")

@@ -129,6 +129,19 @@ def test_compare_has_a_row_of_its_own_for_a_step() -> None:
     assert found.mean("mine", 4, "EDM", "error") == pytest.approx(expected, rel=1e-9)
 
 
+def test_a_step_is_called_by_its_name_without_blanks() -> None:
+    """The key of a row is solver and K, with a blank between."""
+
+    def mine(flow: ProbabilityFlow, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return heun(flow, x, t, s)
+
+    mine.__name__ = "my own step"
+    x, budgets = [noise()], {mine: [4], functools.partial(heun): [3], Told(): [2]}
+    found = artlib.compare(flow(), {"EDM": artlib.edm(PROCESS)}, x, budgets, ends=x)
+    assert list(found.nfe) == ["my-own-step 4", "heun 3", "Told 2"]
+    assert found.steps("my-own-step") == [4]
+
+
 def test_two_steps_of_one_name_are_refused() -> None:
     x = [noise()]
     budgets: dict[Any, list[int]] = {heun: [4], "heun": [4]}
@@ -240,7 +253,11 @@ def test_a_step_whose_evaluations_cannot_be_counted_is_refused() -> None:
     class Wrong(Told):
         evaluations = 0
 
+    class Yes(Told):
+        evaluations = True
+
     for step, message in (
+        (Yes(), "integer of at least 1"),
         (lambda f, x, t, s: x @ torch.ones(5, 5), "its attribute evaluations"),
         (lambda f, x, t, s: x, "evaluates no network"),
         (Wrong(), "integer of at least 1"),

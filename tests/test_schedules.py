@@ -834,6 +834,7 @@ BAD_FILES = {
     "newer": (put(2, "version"), "version 2 .*upgrade"),
     "version text": (put("1", "version"), "version is '1'"),
     "version bool": (put(True, "version"), "version is True"),
+    "version 0": (put(0, "version"), "version is 0, expected an integer from 1"),
     "version missing": (drop("version"), "version is None"),
     **{
         f"no {key}": (drop(key), f"lacks {key}")
@@ -1170,6 +1171,43 @@ def test_binary_files_are_refused_unread(tmp_path):
     path.write_bytes(pickle.dumps(print))
     with pytest.raises(ScheduleFormatError):
         Schedule.load(path)
+
+
+def test_text_with_a_byte_order_mark_is_read():
+    schedule = edm(VE())
+    assert Schedule.from_json("\ufeff" + schedule.to_json()) == schedule
+
+
+def test_knots_at_one_reading_of_the_clock_are_refused_by_name():
+    clock, times = [0.0, 20.0, 20.0, 79.998], [80.0, 50.0, 30.0, 0.002]
+    with pytest.raises(ValueError, match="clock: expected strictly increasing knots"):
+        from_time_change(VE(), clock, times)
+
+
+def test_no_finite_noise_level_to_start_from_is_refused():
+    with pytest.raises(ValueError, match=r"process: t_min = 0\.5 leaves no finite"):
+        edm(RectifiedFlow(t_min=0.5))
+
+
+def test_a_beta_quantile_is_precise_at_both_ends():
+    """Where 1 - x rounds to 1: the law of 1 - (1 - x)^2 and of x^2 in closed form."""
+    process = VE(1e-6, 80.0)
+    horizon = process.t_max - process.t_min
+    u = torch.tensor([1e-24, 1e-20, 1e-9], dtype=torch.float64)
+    start = BetaQuantiles(process, 1.0, 2.0)  # 1 - x = sqrt(u)
+    torch.testing.assert_close(
+        start.speed(horizon * u), 0.5 / u.sqrt(), rtol=1e-9, atol=0
+    )
+    t = process.t_max - horizon * 1e-6
+    y = (process.t_max - t) / horizon  # as far as t resolves it
+    found = start.clock(torch.tensor(t, dtype=torch.float64))
+    assert float(found) == pytest.approx(horizon * y**2, rel=1e-9)
+    end = BetaQuantiles(process, 0.5, 1.0)  # x = (1 - u)^2
+    clock = horizon * torch.tensor([1 - 1e-5, 1 - 1e-4], dtype=torch.float64)
+    x = (1 - clock / horizon) ** 2
+    torch.testing.assert_close(
+        end.time(clock), process.t_min + horizon * x, rtol=1e-10, atol=0
+    )
 
 
 def test_a_missing_file_is_a_missing_file(tmp_path):
