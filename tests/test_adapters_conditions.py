@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import artlib
 from artlib.adapters._diffusers_times import TOLD_1000_T, TOLD_T, innermost
+from artlib.adapters._guidance import Guidance
 from artlib.adapters.diffusers import denoiser, scheduler_process
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -102,6 +103,23 @@ def test_positions_are_shared_whatever_their_number() -> None:
             net = denoiser(network, scheduler, condition=text)
             net(noise(n, 16, 4).double(), HALF)
             assert network.given["img_ids"].shape == (n, 16, 4)
+
+
+def test_conditions_go_where_the_states_are(accelerator: torch.device) -> None:
+    """Those of samples, nested ones, and those that samples share."""
+    condition = {
+        "img_ids": torch.ones(5, 3),
+        "scale": torch.tensor(2.0),
+        "more": {"label": torch.ones(1, 2)},
+    }
+
+    def network(x: Tensor, time: Tensor, **given: Any) -> Tensor:
+        tensors = (given["img_ids"], given["scale"], given["more"]["label"])
+        assert all(value.device.type == accelerator.type for value in tensors)
+        return x
+
+    x = torch.ones(3, 2).to(accelerator)
+    Guidance(condition, None, 1.0)(network, x, x[:, 0])
 
 
 def test_names_can_be_shared() -> None:

@@ -386,6 +386,16 @@ def test_a_network_that_scales_its_input_in_place_changes_nothing() -> None:
     assert torch.equal(found, nvlabs.denoiser(EDMNetwork(), **networks)(x, t))
 
 
+def test_labels_go_where_the_states_are(accelerator: torch.device) -> None:
+    x, t = torch.tensor([[0.3], [-4.0]]), torch.tensor(2.0)
+    labels = one_hot(0, 2)
+    expected = nvlabs.denoiser(EDMNetwork(), class_labels=labels)(x, t)
+    there = nvlabs.denoiser(EDMNetwork().to(accelerator), class_labels=labels)
+    found = there(x.to(accelerator), t)
+    assert found.device.type == accelerator.type
+    torch.testing.assert_close(found.cpu(), expected)
+
+
 def test_bad_networks_are_refused() -> None:
     network = EDMNetwork()
     with pytest.raises(TypeError, match="network: expected a torch module"):

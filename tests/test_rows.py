@@ -214,6 +214,17 @@ def test_evaluations_are_those_of_one_batch() -> None:
         assert split.nfe == whole.nfe
 
 
+def test_the_dearest_batch_counts_wherever_it_is() -> None:
+    """An adaptive solver takes other numbers of steps in each."""
+    counter = CountNFE(Labelled())
+    counter.nfe = 7  # spent before
+    counted, calls = flow().with_denoiser(counter), iter((3, 5, 1))
+    for part, (x,) in in_batches(counted, [noise()], 4, counter=counter):
+        for _ in range(next(calls)):
+            part.denoise(x, 1.0)
+    assert counter.nfe == 7 + 5
+
+
 def test_a_batch_that_rejects_forward_mode_decides_for_all() -> None:
     """The table is of one method, not of two."""
 
