@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,16 @@ def test_conditions_go_where_the_states_are(accelerator: torch.device) -> None:
 
     x = torch.ones(3, 2).to(accelerator)
     Guidance(condition, None, 1.0)(network, x, x[:, 0])
+
+
+def test_only_floating_conditions_take_the_dtype_of_the_network() -> None:
+    network = Echo().to(torch.bfloat16)
+    condition = {"class_labels": torch.tensor([3]), "embedding": torch.ones(1, 2)}
+    x = torch.ones(2, 3, dtype=torch.float64)
+    denoiser(network, ddim(), condition=condition)(x, HALF)
+    assert network.given["class_labels"].tolist() == [3, 3]
+    assert network.given["class_labels"].dtype == torch.int64
+    assert network.given["embedding"].dtype == torch.bfloat16
 
 
 def test_names_can_be_shared() -> None:
@@ -406,6 +417,15 @@ def test_each_network_is_told_the_time_in_its_unit(steps: int) -> None:
     network = named("FluxTransformer2DModel")
     denoiser(network, ddim())(noise(2, 3), torch.tensor(14.0))
     assert float(network.given["timestep"][0]) > 900
+
+
+def test_a_network_that_scales_the_time_itself_says_so() -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    for scale, told in ((None, 500.0), (0.1, 50.0)):
+        network = named("LTXVideoTransformer3DModel")
+        network.config = types.SimpleNamespace(timestep_scale=scale)
+        denoiser(network, scheduler)(noise(2, 3), HALF)
+        assert network.given["timestep"].tolist() == pytest.approx([told] * 2)
 
 
 def test_a_network_with_an_unknown_unit_is_refused() -> None:

@@ -113,6 +113,7 @@ FLOW = [
     ({"use_dynamic_shifting": True}, None),
     ({"use_dynamic_shifting": True}, 1.15),
     ({"use_dynamic_shifting": True, "time_shift_type": "linear"}, 2.5),
+    ({"use_dynamic_shifting": True, "time_shift_type": "linear"}, None),
 ]
 
 
@@ -352,6 +353,16 @@ def test_arguments_that_are_refused() -> None:
     close_nodes = artlib.from_grid(artlib.VE(0.05, 12.0), [12.0, 12.0 - 1e-8, 1.0, 0.0])
     with pytest.raises(artlib.ExportError, match="one number in float32"):
         close_nodes.to_diffusers(euler, 3)
+
+
+def test_timesteps_go_where_they_are_asked_to(accelerator: torch.device) -> None:
+    for scheduler in (
+        diffusers.EulerDiscreteScheduler(**BETAS),
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+    ):
+        schedule = uneven(adapter.scheduler_process(scheduler))
+        schedule.to_diffusers(scheduler, 4, device=accelerator)
+        assert scheduler.timesteps.device.type == accelerator.type
 
 
 def test_held_schedule_survives_the_pipelines_own_call() -> None:

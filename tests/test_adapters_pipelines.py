@@ -244,6 +244,19 @@ def test_a_predicted_variance_is_cut_off() -> None:
     torch.testing.assert_close(found, x / math.sqrt(5))
 
 
+def test_other_channels_than_a_variance_are_refused() -> None:
+    class Three(torch.nn.Module):
+        def forward(
+            self, sample: Tensor, timestep: Tensor, return_dict: bool = True
+        ) -> tuple[Tensor]:
+            return (torch.cat([sample, sample, sample], dim=1),)
+
+    net = denoiser(Three(), diffusers.DDIMScheduler(**BETAS, prediction_type="sample"))
+    flow = artlib.ProbabilityFlow(net.process, net)
+    with pytest.raises((ValueError, RuntimeError)):
+        flow.denoise(noise(2, 3, 4, 4), 2.0)
+
+
 def stable_diffusion(scheduler: Any, kind: str = "StableDiffusionPipeline") -> Any:
     return getattr(diffusers, kind)(
         vae=small_vae(),
