@@ -322,6 +322,10 @@ def test_refused_with_a_reason_and_untouched(
 
 def test_refused_after_a_release_that_changed_its_meaning_is_rolled_back() -> None:
     class Damaged(diffusers.EulerDiscreteScheduler):
+        def set_timesteps(self, *args: Any, **options: Any) -> None:
+            super().set_timesteps(*args, **options)
+            self.of_this_release = True
+
         def step(self, output: Tensor, t: Tensor, x: Tensor, **options: Any) -> Any:
             if self.step_index == 3:
                 self.sigmas[4] *= 1.01
@@ -332,6 +336,7 @@ def test_refused_after_a_release_that_changed_its_meaning_is_rolled_back() -> No
     with pytest.raises(artlib.ExportError, match="leaves call 4 of 6"):
         uneven(table_process(scheduler)).to_diffusers(scheduler, 6)
     assert untouched(scheduler, before)
+    assert not hasattr(scheduler, "of_this_release")
 
 
 def test_arguments_that_are_refused() -> None:

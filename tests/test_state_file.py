@@ -101,6 +101,13 @@ def test_every_part_of_an_altered_header_is_refused(file: Path) -> None:
             read_state(join(file, head, data), kind="kind")
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, True, "1"])
+def test_what_is_no_finite_number_is_none(value: Any) -> None:
+    assert not _state_file.is_number(value)
+    assert _state_file.is_number(0.5)
+    assert not _state_file.is_number(-0.5, positive=True)
+
+
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(StateFileError, match="no safetensors file but a pipe"):
