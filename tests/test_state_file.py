@@ -108,6 +108,13 @@ def test_what_is_no_finite_number_is_none(value: Any) -> None:
     assert not _state_file.is_number(-0.5, positive=True)
 
 
+def test_a_file_with_a_nan_is_refused(tmp_path: Path) -> None:
+    for bad in (math.nan, math.inf):
+        write_state(tmp_path / "x", {"w": torch.tensor([1.0, bad])}, {}, kind="k")
+        with pytest.raises(StateFileError, match=r"\['w'\] hold NaN"):
+            read_state(tmp_path / "x", kind="k")
+
+
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(StateFileError, match="no safetensors file but a pipe"):
