@@ -361,6 +361,16 @@ def test_a_flow_is_known_again_as_far_as_its_dtype_resolves_it():
     assert origin(first, single).difference(origin(near, single)) is not None
 
 
+def test_grids_that_differ_in_the_sixth_digit_are_two():
+    process = artlib.VE(sigma_max=20.0)
+    first, near, same = (
+        artlib.from_grid(process, [20.0, node, 0.0])
+        for node in (1.0, 1.00001, 1 + 1e-14)
+    )
+    key = _comparison_file.grid_key
+    assert key(first, 2) == key(same, 2) != key(near, 2)
+
+
 def test_a_measure_that_cannot_be_known_again_says_so(flow, noises, tmp_path):
     def only_small(x):
         raise ValueError("expected small numbers")
