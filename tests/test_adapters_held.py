@@ -320,3 +320,18 @@ def test_another_schedule_takes_the_place_of_the_one_held() -> None:
     torch.testing.assert_close(
         scheduler.sigmas.double(), second.grid(9), rtol=1e-5, atol=0
     )
+
+
+def test_levels_that_are_not_kept_to_the_tolerance_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = diffusers.EulerDiscreteScheduler(**BETAS)
+    before = {name: str(value) for name, value in vars(scheduler).items()}
+    schedule = artlib.kl_optimal(adapter.scheduler_process(scheduler))
+    schedule.to_diffusers(copy.deepcopy(scheduler), 5)  # float32 holds them to 1e-5 ...
+    monkeypatch.setattr("artlib.adapters._diffusers_set.TOLERANCE", 1e-10)
+    with pytest.raises(
+        artlib.ExportError, match=r"its sigmas are kept in torch.float32"
+    ):
+        schedule.to_diffusers(scheduler, 5)  # ... and not to ten digits
+    assert {name: str(value) for name, value in vars(scheduler).items()} == before

@@ -22,7 +22,7 @@ from ._diffusers_rules import Rule, check_range, shift_of
 from ._diffusers_times import is_edm, is_flow, told
 
 TOLERANCE = 1e-5
-"""Relative difference between a wanted and a visited noise level that is accepted."""
+"""Relative difference between a wanted noise level and the one kept, at most."""
 
 _SIZE = 1e25
 """State of the dry run, so large that what noise a scheduler adds is nothing to it."""
@@ -86,7 +86,13 @@ def _set(
     times = told(scheduler)(arrays.calls)
     scheduler.timesteps = times.float().to(scheduler.timesteps.device)
     for name, values in {"sigmas": arrays.sigmas, **arrays.further}.items():
-        setattr(scheduler, name, values.to(getattr(scheduler, name)))
+        placed = values.to(getattr(scheduler, name))
+        if not torch.allclose(placed.cpu().double(), values.double(), rtol=TOLERANCE):
+            raise ExportError(
+                f"scheduler: its {name} are kept in {placed.dtype}, which cannot hold "
+                f"these numbers to {TOLERANCE:g}; sample with artlib.sample"
+            )
+        setattr(scheduler, name, placed)
     _verify(scheduler, rule, arrays)
 
 
