@@ -405,7 +405,7 @@ def test_a_list_of_variances_is_not_rounded(as_a_user: None) -> None:
         ),
         (
             lambda: artlib.gaussian_w2(NARROW, [1.0], [10.0, 0.0], solver=["euler"]),
-            "solver: expected one of",
+            "solver: expected a name",
         ),
         (lambda: artlib.oracle_grid(type(NARROW), [1.0], 1), "process: .*call it"),
     ],
