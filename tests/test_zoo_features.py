@@ -184,7 +184,7 @@ def test_values_beyond_the_range_are_clamped_and_no_graph_is_kept(nets):
         (torch.zeros(0, 1, 28, 28), ValueError, "holds no sample"),
         (torch.full((1, 1, 28, 28), math.nan), ValueError, "784 of 784 values"),
         (torch.zeros(2, 1, 28, 28, dtype=torch.uint8), TypeError, "uint8"),
-        ([[0.0]], TypeError, "got list"),
+        ([[0.0]], TypeError, "of type list"),
     ],
 )
 def test_what_are_no_such_images_is_refused(nets, images, error, match):
