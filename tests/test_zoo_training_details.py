@@ -25,7 +25,7 @@ class Steep(ScoreRecipe):
 def trainer(kind: type[ScoreRecipe] = ScoreRecipe) -> Trainer:
     recipe = kind(
         "details",
-        "digits",
+        "mnist",
         UNetConfig(shape=(1, 4, 4), widths=(8, 8), embedding=8),
         steps=STEPS,
         batch=4,
