@@ -43,6 +43,9 @@ def unwrap(denoiser: DenoiserFn) -> list[Callable[..., Any]]:
     """
     layers: list[Callable[..., Any]] = [denoiser]
     while callable(inner := _inner(layers[-1])):
+        # A network with a method called denoiser leads back to itself.
+        if any(inner is layer for layer in layers):
+            break
         layers.append(inner)
     return layers
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import artlib
+from artlib._ask import unwrap
 from artlib.denoisers import network_dtype
 from artlib.processes import VE, VP, RectifiedFlow
 
@@ -414,3 +415,18 @@ def test_the_random_state_is_not_moved_by_looking() -> None:
             found.append((artlib.sample(flow, X, GRID), torch.rand(1)))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
+
+
+def test_a_network_with_a_method_called_denoiser_does_not_go_round_in_circles() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return 0.5 * x
+
+        def denoiser(self) -> Any:
+            return self
+
+    net = Net()
+    assert unwrap(net)[0] is net
+    flow = artlib.ProbabilityFlow(artlib.VE(), net)
+    x = torch.ones(2, 3)
+    assert torch.equal(flow.denoise(x, 1.0), 0.5 * x)
