@@ -76,7 +76,7 @@ class PathDerivative:
     def __init__(
         self, method: Acceleration, t_max: float, dtype: torch.dtype | None
     ) -> None:
-        if method not in ("auto", "jvp", "difference"):
+        if not isinstance(method, str) or method not in ("auto", "jvp", "difference"):
             raise ValueError(
                 f"acceleration: expected 'auto', 'jvp' or 'difference', got {method!r}"
             )

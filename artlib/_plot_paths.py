@@ -58,7 +58,7 @@ def plot_paths(
             finite.
     """
     t, x = _paths(times, states, "times", "states")
-    if scale not in ("linear", "log"):
+    if not isinstance(scale, str) or scale not in ("linear", "log"):
         raise ValueError(f"scale: expected 'linear' or 'log', got {scale!r}")
     order = np.argsort(x[-1])
     count = min(max_paths, order.size)

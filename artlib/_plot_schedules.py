@@ -48,7 +48,7 @@ def plot_clock(
             none of the three.
     """
     named = _named(schedules)
-    if panels not in ("both", "psi", "time"):
+    if not isinstance(panels, str) or panels not in ("both", "psi", "time"):
         raise ValueError(f"panels: expected 'both', 'psi' or 'time', got {panels!r}")
     process = named[0][1].process
     shown = ["psi", "time"] if panels == "both" else [panels]

@@ -74,7 +74,7 @@ def integrate(
             state becomes non-finite.
         RuntimeError: If dopri5 cannot reach its tolerance.
     """
-    if method not in (*_FIXED_STEP, "dopri5"):
+    if not isinstance(method, str) or method not in (*_FIXED_STEP, "dopri5"):
         raise ValueError(f"method: expected 'heun', 'rk4' or 'dopri5', got {method!r}")
     x_T = as_double(x_T, "x_T")
     # Times stay on the CPU, so that no step waits for the device.

@@ -32,7 +32,7 @@ def mean_schedule(
         TrainingError: If the mean clock is not strictly monotone.
         ValueError: If there is no such way to close a clock.
     """
-    if close not in get_args(Close):
+    if not isinstance(close, str) or close not in get_args(Close):
         raise ValueError(f"close: expected one of {get_args(Close)}, got {close!r}")
     times = clocks.mean(0)
     left_open = float(times[-1]) > process.t_min * (1 + 1e-9)

@@ -181,7 +181,9 @@ class Options:
             "test_function": ("relative", "gradient"),
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
+            if not isinstance(getattr(self, name), str) or (
+                getattr(self, name) not in allowed
+            ):
                 raise ValueError(
                     f"{name}: expected one of {allowed}, got {getattr(self, name)!r}"
                 )

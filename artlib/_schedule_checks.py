@@ -24,7 +24,7 @@ def end_of_range(process: Process, last_step: str) -> float:
         ValueError: If the last step is unknown.
     """
     check_process(process)
-    if last_step not in get_args(LastStep):
+    if not isinstance(last_step, str) or last_step not in get_args(LastStep):
         raise ValueError(
             f"last_step: expected one of {get_args(LastStep)}, got {last_step!r}"
         )

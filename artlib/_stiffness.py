@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -241,6 +241,10 @@ class StiffnessTable:
         Raises:
             ValueError: If ``average`` is neither, or ``exponent`` is not positive.
         """
+        if not isinstance(average, str) or average not in get_args(Average):
+            raise ValueError(
+                f"average: expected 'open_loop' or 'paper', got {average!r}"
+            )
         if exponent is None:
             exponent = 1 / (self.order + 1)
         exponent = finite_float(exponent, "exponent", positive=True)
@@ -257,13 +261,9 @@ class StiffnessTable:
         }
         if average == "open_loop":
             density, name = self.fine_mean[None] ** exponent, "ART"
-        elif average == "paper":
+        else:
             floored = torch.maximum(self.fine_values, PATH_FLOOR * self.fine_mean)
             density, name = floored**exponent, "ART (paper average)"
-        else:
-            raise ValueError(
-                f"average: expected 'open_loop' or 'paper', got {average!r}"
-            )
         # Times at equal readings of the clocks: one row per clock, then their mean. The
         # mean of the psi of all paths is what the mean of their theta integrates to.
         clocks = self._clock(density).numpy()

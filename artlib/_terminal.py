@@ -42,6 +42,16 @@ _STEPS = 20
 """Steps of the run whose error gives the direction of the dual weight."""
 
 
+def check_weight(weight: object) -> None:
+    """Refuse what is no `Weight`.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(weight, str) or weight not in get_args(Weight):
+        raise ValueError(f"weight: expected one of {get_args(Weight)}, got {weight!r}")
+
+
 @full_precision()
 def measure_errors(
     flow: ProbabilityFlow,
@@ -76,8 +86,7 @@ def measure_errors(
     Raises:
         ValueError: If the weight is unknown, and as in `artlib.error_table`.
     """
-    if weight not in get_args(Weight):
-        raise ValueError(f"weight: expected one of {get_args(Weight)}, got {weight!r}")
+    check_weight(weight)
     step_of(solver, order)  # before anything is spent
     # The last step has to end at t_min, below which a network may know nothing: it
     # starts at a time of its own, a little above.

@@ -159,7 +159,11 @@ class NoiseWarp(Formula):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.warp not in ("power", "log", "arctan"):
+        if not isinstance(self.warp, str) or self.warp not in (
+            "power",
+            "log",
+            "arctan",
+        ):
             raise ValueError(
                 f"warp: expected 'power', 'log' or 'arctan', got {self.warp!r}"
             )

@@ -42,7 +42,10 @@ class Table(TimeChange):
     interpolation: Interpolation = "pchip"
 
     def __post_init__(self) -> None:
-        if self.interpolation not in INTERPOLATIONS:
+        if (
+            not isinstance(self.interpolation, str)
+            or self.interpolation not in INTERPOLATIONS
+        ):
             raise ValueError(
                 f"interpolation: expected one of {INTERPOLATIONS}, "
                 f"got {self.interpolation!r}"

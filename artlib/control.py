@@ -32,7 +32,7 @@ from ._log_level import table_times
 from ._rows import in_batches
 from ._solver_choice import Step
 from ._stiffness import Average, Clock, StiffnessTable, check_process
-from ._terminal import Weight, measure_errors
+from ._terminal import Weight, check_weight, measure_errors
 from ._types import SeedLike
 from .denoisers import CountNFE
 from .flow import ProbabilityFlow, check_flow
@@ -192,8 +192,9 @@ def art(
         >>> len(artlib.art(flow, x_T).grid(10))
         11
     """
-    if average not in ("open_loop", "paper"):
+    if not isinstance(average, str) or average not in ("open_loop", "paper"):
         raise ValueError(f"average: expected 'open_loop' or 'paper', got {average!r}")
+    check_weight(weight)
     if solver is None and weight == "local":
         if order is not None:
             raise ValueError(f"order: got {order} without a solver; pass solver=...")
@@ -334,7 +335,7 @@ def lower_bound(
         points: Times of the stiffness table.
         batch: See `stiffness_table`.
     """
-    if clock not in ("open_loop", "feedback"):
+    if not isinstance(clock, str) or clock not in ("open_loop", "feedback"):
         raise ValueError(f"clock: expected 'open_loop' or 'feedback', got {clock!r}")
     table = stiffness_table(flow, x_T, points=points, batch=batch)
     return table.lower_bound(clock)

@@ -227,11 +227,11 @@ def _plan(
     s_noise: float,
 ) -> _Plan:
     """The noise levels that a method visits, its options checked."""
-    if method not in get_args(Method):
+    if not isinstance(method, str) or method not in get_args(Method):
         raise ValueError(f"method: expected one of {get_args(Method)}, got {method!r}")
     allowed = ("euler", "heun") if method == "churn" else ("euler",)
     solver = allowed[-1] if solver is None else solver
-    if solver not in allowed:
+    if not isinstance(solver, str) or solver not in allowed:
         raise ValueError(f"solver: {method} goes with one of {allowed}, got {solver!r}")
     scale = finite_float(s_noise, "s_noise", positive=True)
     eta = finite_float(eta, "eta")

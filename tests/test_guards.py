@@ -1,11 +1,13 @@
 """What one function refuses, its siblings refuse: by the argument's name."""
 
+import dataclasses
 import inspect
 import pickle
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -210,3 +212,25 @@ def test_a_figure_is_written_whole_or_not_at_all(
         figure.savefig(tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes() == before
     assert "format" in inspect.signature(figure.savefig).parameters
+
+
+# Words among which one chooses: an array is none of them, and says so.
+
+WORDS: dict[str, Any] = {
+    "acceleration": lambda w: artlib.ProbabilityFlow(VE, FLOW.denoiser, acceleration=w),
+    "average": lambda w: artlib.art(FLOW, X, average=w),
+    "weight": lambda w: artlib.art(FLOW, X, weight=w),
+    "clock": lambda w: artlib.lower_bound(FLOW, X, clock=w),
+    "method": lambda w: artlib.stiffness_table(FLOW, X, method=w),
+    "last_step": lambda w: dataclasses.replace(artlib.edm(VE), last_step=w),
+    "interpolation": lambda w: artlib.from_grid(VE, GRID, interpolation=w),
+}
+
+
+@pytest.mark.parametrize("argument", WORDS)
+@pytest.mark.parametrize("wrong", [np.ones(3), torch.ones(2), ["euler"], 3, None])
+def test_a_word_that_is_none_is_refused(
+    argument: str, wrong: Any, as_a_user: None
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=rf"\b{argument}\b"):
+        WORDS[argument](wrong)

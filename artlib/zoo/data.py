@@ -203,7 +203,7 @@ DATASETS: dict[str, Callable[..., Any]] = {
 def _load(
     name: str, split: str, *, return_labels: bool, download: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if split not in get_args(Split):
+    if not isinstance(split, str) or split not in get_args(Split):
         raise ValueError(
             f"split: expected one of {', '.join(map(repr, get_args(Split)))}, got "
             f"{split!r}"
