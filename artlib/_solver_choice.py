@@ -33,7 +33,8 @@ class Solver:
             measured, for a step of one's own.
         evaluations: Network evaluations (NFE) per step; for the adaptive one, per
             step tried; 0 where they have to be counted.
-        method: Its name in torchdiffeq; empty if it is not one of torchdiffeq's.
+        method: Its step in `artlib._runge_kutta`, or torchdiffeq's name of the adaptive
+            one; empty for others.
         stages: Where in the step it evaluates, as fractions of the step.
         adaptive: Whether it chooses its own steps, and so takes no grid.
         name: What it is called in tables and messages.

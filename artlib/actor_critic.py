@@ -13,7 +13,7 @@ approximation: the critic with :math:`\xi = \partial V/\partial\vartheta` (29a),
 the actor with :math:`\xi = \partial\log\pi/\partial\phi` (29b), and, with
 ``constraint="multiplier"``, :math:`\gamma` by the end error (30).
 
-What is ours, because the literal recipe fails (chapter 07 takes it apart): exact step
+What is ours, because one literal reading fails (chapter 07 takes it apart): exact step
 costs on tabulated paths, a hard end constraint, the floor under |Q| in the noise,
 natural units, and the **relative test function**. V falls to 0 along the path while
 every step costs the same, so :math:`\partial V` hardly weighs the last steps; any
