@@ -55,7 +55,9 @@ BOTH: dict[str, Callable[[Tensor], Any]] = {
         FLOW, x, clock=artlib.PredictedClock(artlib.stiffness_table(FLOW, X_T), 5)
     ),
     "ancestral": lambda x: artlib.sample_stochastic(FLOW, x, GRID, seed=3),
-    "churn": lambda x: artlib.sample_stochastic(FLOW, x, GRID, method="churn"),
+    "churn": lambda x: artlib.sample_stochastic(
+        FLOW, x, GRID, method="churn", churn=10.0, seed=3
+    ),
     "Euler jumps": lambda x: rivals.euler_jumps(FLOW, x, points=17).grid(5),
     "Girsanov bound": lambda x: rivals.girsanov(FLOW, x, points=17).grid(5),
     "sliced W2": lambda x: artlib.sliced_wasserstein2(x, x + 1.0),

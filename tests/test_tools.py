@@ -256,7 +256,9 @@ def test_results_belong_to_the_clone_and_not_to_the_current_folder(
     clone, other = tmp_path / "clone", tmp_path / "other"
     for folder in (clone, other):
         (folder / "notebooks" / "results").mkdir(parents=True)
-    (other / "notebooks" / "results" / "b.json").write_text('{"results": 2}')
+    (other / "notebooks" / "results" / "b.json").write_text(
+        '{"made": {}, "results": 2}'
+    )
     # The package of a clone: its results are found and written from everywhere.
     monkeypatch.setattr(book, "__file__", str(clone / "artlib" / "book.py"))
     gone = tmp_path / "gone"
