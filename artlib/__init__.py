@@ -16,18 +16,9 @@ has K + 1 nodes.
 from importlib import import_module
 from types import ModuleType
 
-from ._actor_clock import ActorClock
-from ._convert import convert
-from ._feature_metrics import class_score, feature_distance, kernel_distance
-from ._path_derivative import ForwardModeWarning
-from ._reference_path import Trajectory
-from .actor_critic import ActorCritic, TrainingRecord
-from .clocks import (
-    Clock,
-    ExactClock,
-    PredictedClock,
-    value_of_information,
-)
+from ._common.errors import ExportError, ScheduleFormatError
+from ._common.version import __version__ as __version__
+from .clocks import ExactClock, PredictedClock
 from .comparison import (
     Comparison,
     Interval,
@@ -43,32 +34,45 @@ from .control import (
     cost,
     error_table,
     lower_bound,
+    refine,
     stiffness_table,
+    value_of_information,
 )
-from .denoisers import (
+from .exact import gaussian_output_std, gaussian_w2, oracle_grid
+from .flow import (
+    VE,
+    VP,
     CountNFE,
+    Empirical,
+    ForwardModeWarning,
+    Gaussian,
+    GaussianMixture,
+    ProbabilityFlow,
+    Process,
+    RectifiedFlow,
+    Trajectory,
     from_edm,
     from_epsilon,
     from_score,
     from_velocity,
     from_x0,
+    register_process,
 )
-from .exact import gaussian_output_std, gaussian_w2, oracle_grid
-from .flow import ProbabilityFlow
 from .metrics import (
+    class_score,
+    feature_distance,
     frechet_distance,
+    kernel_distance,
     sliced_wasserstein2,
     terminal_error,
     wasserstein2,
     wasserstein2_gaussian,
 )
-from .processes import VE, VP, Process, RectifiedFlow, register_process
-from .refine import refine
+from .rl import ActorClock, ActorCritic, TrainingRecord
 from .schedules import (
-    ExportError,
     Schedule,
-    ScheduleFormatError,
     beta,
+    convert,
     edm,
     from_density,
     from_grid,
@@ -77,11 +81,13 @@ from .schedules import (
     log_snr,
     uniform,
 )
-from .solvers import nfe, sample
-from .stochastic import gaussian_stochastic_std, sample_stochastic
-from .targets import Empirical, Gaussian, GaussianMixture
-
-__version__ = "0.1.0"
+from .solvers import (
+    Clock,
+    gaussian_stochastic_std,
+    nfe,
+    sample,
+    sample_stochastic,
+)
 
 _LAZY = ("adapters", "book", "plotting", "rivals", "zoo")
 

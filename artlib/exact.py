@@ -26,13 +26,13 @@ import torch
 from scipy.optimize import least_squares, minimize
 from torch import Tensor
 
-from ._checks import as_grid, as_variances, positive_int
-from ._integrators import integrate
-from ._solver_choice import Step, solver_of
-from ._types import TimeLike
-from .flow import ProbabilityFlow
-from .processes import Process, as_time, check_process
-from .schedules import edm, kl_optimal, log_snr
+from ._common.checks import as_grid, as_variances, positive_int
+from ._common.types import TimeLike
+from .flow.flow import ProbabilityFlow
+from .flow.processes import Process, as_time, check_process
+from .schedules.constructors import edm, kl_optimal, log_snr
+from .solvers.integrate import integrate
+from .solvers.solver import Step, solver_of
 
 _STARTS = 6
 _ROUND_OFF = 1e-10

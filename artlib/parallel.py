@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._reference_path import Trajectory
-from .flow import ProbabilityFlow, check_flow
-from .solvers import GridLike
-from .solvers import sample as sample_here
+from .flow.flow import ProbabilityFlow, check_flow
+from .flow.reference_path import Trajectory
+from .solvers.sample import GridLike
+from .solvers.sample import sample as sample_here
 
 __all__ = ["ParallelFlow", "sample", "split"]
 

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from artlib.denoisers import CountNFE
-from artlib.flow import ProbabilityFlow
-from artlib.processes import VE, VP, Process, RectifiedFlow
-from artlib.targets import Gaussian, GaussianMixture
+from artlib.flow.denoisers import CountNFE
+from artlib.flow.flow import ProbabilityFlow
+from artlib.flow.processes import VE, VP, Process, RectifiedFlow
+from artlib.flow.targets import Gaussian, GaussianMixture
 
 FlowMap = Callable[[Tensor, float, float], Tensor]
 

@@ -26,11 +26,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import artlib
-from artlib import _files
-from artlib._rl_checkpoint import fingerprint
-from artlib._rl_environment import TableEnvironment
-from artlib._rl_episodes import Episodes, play
-from artlib._rl_networks import (
+from artlib._common import files as _files
+from artlib._common.errors import TrainingError
+from artlib.control.closed_form import stiffness_path
+from artlib.flow.denoisers import CountNFE
+from artlib.flow.flow import ProbabilityFlow
+from artlib.flow.processes import VE, VP, RectifiedFlow
+from artlib.flow.targets import Gaussian
+from artlib.rl.actor_critic import (
+    ActorCritic,
+    CheckpointError,
+    DivergenceWarning,
+    TrainingRecord,
+)
+from artlib.rl.checkpoint import fingerprint
+from artlib.rl.environment import TableEnvironment
+from artlib.rl.episodes import Episodes, play
+from artlib.rl.policy import (
     CUT,
     CUT_VARIANCE,
     critic_value,
@@ -38,19 +50,7 @@ from artlib._rl_networks import (
     mean_share,
     share_slope,
 )
-from artlib.actor_critic import (
-    ActorCritic,
-    CheckpointError,
-    DivergenceWarning,
-    TrainingError,
-    TrainingRecord,
-)
-from artlib.control import stiffness_path
-from artlib.denoisers import CountNFE
-from artlib.flow import ProbabilityFlow
-from artlib.processes import VE, VP, RectifiedFlow
-from artlib.schedules import edm, from_time_change
-from artlib.targets import Gaussian
+from artlib.schedules.constructors import edm, from_time_change
 
 F64 = torch.float64
 PROCESS = VE(sigma_min=0.002, sigma_max=80.0)
@@ -754,7 +754,7 @@ def flip(file: Path) -> None:
 
 def rewrite(file: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
     """Change tensors, and make the check sums fit again."""
-    from artlib import _state_file
+    from artlib._common import tensor_file as _state_file
 
     with safe_open(str(file), framework="pt") as handle:
         header = json.loads(handle.metadata()["state"])

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import artlib
-from artlib.adapters._diffusers_times import TOLD_1000_T, TOLD_T, innermost
-from artlib.adapters._guidance import Guidance
 from artlib.adapters.diffusers import denoiser, scheduler_process
+from artlib.adapters.diffusers.guidance import Guidance
+from artlib.adapters.diffusers.times import TOLD_1000_T, TOLD_T, innermost
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 diffusers = pytest.importorskip("diffusers", reason="no diffusers")

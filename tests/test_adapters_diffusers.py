@@ -15,7 +15,7 @@ from torch import Tensor
 
 import artlib
 from artlib.adapters import diffusers as adapter
-from artlib.adapters._diffusers_rules import REFUSED, RULES
+from artlib.adapters.diffusers.rules import REFUSED, RULES
 
 diffusers = pytest.importorskip("diffusers", reason="no diffusers")
 

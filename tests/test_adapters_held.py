@@ -19,8 +19,8 @@ from torch import Tensor
 
 import artlib
 from artlib.adapters import diffusers as adapter
-from artlib.adapters._diffusers_rules import RULES
-from artlib.adapters._diffusers_times import is_edm, is_flow
+from artlib.adapters.diffusers.rules import RULES
+from artlib.adapters.diffusers.times import is_edm, is_flow
 
 diffusers = pytest.importorskip("diffusers", reason="no diffusers")
 
@@ -329,7 +329,7 @@ def test_levels_that_are_not_kept_to_the_tolerance_are_refused(
     before = {name: str(value) for name, value in vars(scheduler).items()}
     schedule = artlib.kl_optimal(adapter.scheduler_process(scheduler))
     schedule.to_diffusers(copy.deepcopy(scheduler), 5)  # float32 holds them to 1e-5 ...
-    monkeypatch.setattr("artlib.adapters._diffusers_set.TOLERANCE", 1e-10)
+    monkeypatch.setattr("artlib.adapters.diffusers.setter.TOLERANCE", 1e-10)
     with pytest.raises(
         artlib.ExportError, match=r"its sigmas are kept in torch.float32"
     ):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import artlib
-from artlib._ask import unwrap
-from artlib.denoisers import network_dtype
-from artlib.processes import VE, VP, RectifiedFlow
+from artlib.flow.ask import unwrap
+from artlib.flow.denoisers import network_dtype
+from artlib.flow.processes import VE, VP, RectifiedFlow
 
 F64 = torch.float64
 TARGET = artlib.Gaussian([0.0, 0.0], [[1.0, 0.3], [0.3, 0.5]])

@@ -247,7 +247,7 @@ def test_a_schedule_is_learned_in_a_full_run_and_read_afterwards(monkeypatch):
         calls.append(options)
         return artlib.art(flow, x_T[:2], points=9, **options)
 
-    monkeypatch.setattr("artlib._book_comparison.art", few)
+    monkeypatch.setattr("artlib.book.tables.art", few)
     with monkeypatch.context() as patch:
         patch.setenv("ARTLIB_FULL", "1")
         made = book.learned("ch99-schedule", net, solver="heun")

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load, load_file, save_file
 
 import artlib
-from artlib.cli import main
+from artlib.cli.parser import main
 
 MODULE = """
 import artlib, torch
@@ -619,7 +619,7 @@ def test_failed_computation_has_status_1(
     here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(self: artlib.ActorCritic) -> artlib.Schedule:
-        from artlib.actor_critic import TrainingError
+        from artlib._common.errors import TrainingError
 
         raise TrainingError("distill: the mean clock stands still")
 

@@ -13,10 +13,12 @@ from problems import mixture_1d, mixture_16d
 from torch import Tensor
 
 import artlib
-from artlib.clocks import Clock, ExactClock, PredictedClock, feedback_grids
-from artlib.denoisers import CountNFE
-from artlib.flow import ProbabilityFlow
-from artlib.processes import VE, VP, RectifiedFlow
+from artlib.clocks import ExactClock, PredictedClock
+from artlib.control.stiffness import feedback_grids
+from artlib.flow.denoisers import CountNFE
+from artlib.flow.flow import ProbabilityFlow
+from artlib.flow.processes import VE, VP, RectifiedFlow
+from artlib.solvers.clocked import Clock
 
 F64 = torch.float64
 

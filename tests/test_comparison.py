@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import artlib
-from artlib import _bootstrap, _comparison_file
-from artlib._comparison_file import Origin
-from artlib.comparison import (
+from artlib.comparison import bootstrap as _bootstrap
+from artlib.comparison import file as _comparison_file
+from artlib.comparison.compare import (
     Comparison,
     baselines,
     compare,
@@ -23,6 +23,7 @@ from artlib.comparison import (
     nfe_to_quality,
     references,
 )
+from artlib.comparison.file import Origin
 
 VARIANCES = torch.tensor([1.0, 0.3, 0.01])
 
@@ -446,7 +447,7 @@ def test_a_file_that_another_run_does_not_let_go_is_named(
 ):
     file, ends = tmp_path / "table.json", exact_ends(noises)
     arguments = (flow, {"EDM": artlib.edm(flow.process)}, noises, {"euler": [2]})
-    monkeypatch.setattr("artlib._comparison_file._PATIENCE", 0.1)
+    monkeypatch.setattr("artlib.comparison.file._PATIENCE", 0.1)
     with (
         _comparison_file._alone(file, str(file)),
         pytest.raises(TimeoutError, match=r"table\.json is being written by another"),
@@ -458,7 +459,7 @@ def test_a_file_that_another_run_does_not_let_go_is_named(
 KILLED = """
 import os, sys
 from pathlib import Path
-from artlib._comparison_file import _alone
+from artlib.comparison.file import _alone
 with _alone(Path(sys.argv[1]), "table"):
     print("holds it", flush=True)
     sys.stdin.readline()
@@ -477,7 +478,7 @@ def test_the_lock_of_a_killed_run_hinders_nobody(flow, noises, tmp_path, monkeyp
         env={**os.environ, "PYTHONPATH": str(Path(artlib.__file__).parents[1])},
     )
     assert run.stdout.readline() == "holds it\n"
-    monkeypatch.setattr("artlib._comparison_file._PATIENCE", 0.1)
+    monkeypatch.setattr("artlib.comparison.file._PATIENCE", 0.1)
     with pytest.raises(TimeoutError, match="being written by another run"):
         compare(*arguments, ends=ends, file=file)
     run.kill()
@@ -496,7 +497,7 @@ def test_without_locks_of_the_system_a_lock_file_is_one(
 
     file, ends = tmp_path / "table.json", exact_ends(noises)
     arguments = (flow, {"EDM": artlib.edm(flow.process)}, noises, {"euler": [2]})
-    monkeypatch.setattr("artlib._comparison_file._PATIENCE", 0.1)
+    monkeypatch.setattr("artlib.comparison.file._PATIENCE", 0.1)
     if _comparison_file.fcntl is not None:
         monkeypatch.setattr(_comparison_file.fcntl, "flock", refuses)
     with _comparison_file._alone(file, "table"):

@@ -14,12 +14,19 @@ from scipy import integrate, optimize
 from torch import Tensor
 
 import artlib
-from artlib._stiffness import PATH_FLOOR
-from artlib.control import StiffnessTable, art, cost, lower_bound, stiffness_table
-from artlib.denoisers import CountNFE
-from artlib.flow import ProbabilityFlow
-from artlib.processes import VE, VP, Process, RectifiedFlow
-from artlib.schedules import (
+from artlib.control.closed_form import (
+    StiffnessTable,
+    art,
+    cost,
+    lower_bound,
+    stiffness_table,
+)
+from artlib.control.stiffness import PATH_FLOOR
+from artlib.flow.denoisers import CountNFE
+from artlib.flow.flow import ProbabilityFlow
+from artlib.flow.processes import VE, VP, Process, RectifiedFlow
+from artlib.flow.targets import Empirical, Gaussian
+from artlib.schedules.constructors import (
     Schedule,
     beta,
     edm,
@@ -28,7 +35,6 @@ from artlib.schedules import (
     log_snr,
     uniform,
 )
-from artlib.targets import Empirical, Gaussian
 
 F64 = torch.float64
 each_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.name)

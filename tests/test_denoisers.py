@@ -9,7 +9,7 @@ import torch
 from problems import PROCESSES
 from torch import Tensor, nn
 
-from artlib.denoisers import (
+from artlib.flow.denoisers import (
     CountNFE,
     casts_itself,
     from_edm,
@@ -19,9 +19,9 @@ from artlib.denoisers import (
     from_x0,
     network_dtype,
 )
-from artlib.flow import ProbabilityFlow
-from artlib.processes import VE, VP, Process, RectifiedFlow
-from artlib.targets import GaussianMixture
+from artlib.flow.flow import ProbabilityFlow
+from artlib.flow.processes import VE, VP, Process, RectifiedFlow
+from artlib.flow.targets import GaussianMixture
 
 F64 = torch.float64
 TARGET = GaussianMixture(

@@ -12,8 +12,8 @@ from problems import PROCESSES
 from torch import Tensor
 
 import artlib
-from artlib.processes import VE, VP, Process, RectifiedFlow
-from artlib.solvers import SOLVERS
+from artlib.flow.processes import VE, VP, Process, RectifiedFlow
+from artlib.solvers.sample import SOLVERS
 
 SPECTRUM = torch.tensor([4.0, 1.0, 0.3, 0.05, 1e-3], dtype=torch.float64)
 GRIDDED = [name for name, kind in SOLVERS.items() if not kind.adaptive]
@@ -93,7 +93,9 @@ def test_differentiable_in_the_grid(process: Process, solver: str) -> None:
 def test_order_of_convergence(process: Process, solver: str) -> None:
     """On grids that end above zero; the last step to 0 is Euler's for every solver."""
     if process.name == "rectified-flow" and solver == "dpmpp_2m":
-        pytest.skip("K^-2 log K from a start without signal, see artlib._integrators")
+        pytest.skip(
+            "K^-2 log K from a start without signal, see artlib.solvers.integrate"
+        )
     end = 0.05 * process.t_max
     steps = np.array([64, 96, 128, 192] if solver != "rk4" else [32, 48, 64, 96])
     errors = [w2(process, cube_root_grid(process, K, end), solver) for K in steps]

@@ -10,7 +10,7 @@ from sklearn.metrics.pairwise import polynomial_kernel
 
 import artlib
 from artlib import class_score, feature_distance, kernel_distance
-from artlib.metrics import gaussian_statistics
+from artlib.metrics.distances import gaussian_statistics
 
 
 def normal(*shape, seed=0):

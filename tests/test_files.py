@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import artlib
-from artlib import _files
-from artlib._files import check_output, write_bytes
+from artlib._common import files as _files
+from artlib._common.files import check_output, write_bytes
 
 
 @pytest.fixture

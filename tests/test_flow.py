@@ -14,12 +14,12 @@ import torch
 from problems import PROCESSES, Problem, all_problems, gaussian, mixture_1d, mixture_16d
 from torch import Tensor, nn
 
-from artlib._log_level import table_times
-from artlib._path_derivative import ForwardModeWarning, derivative_matrix
-from artlib.denoisers import CountNFE, from_epsilon
-from artlib.flow import ProbabilityFlow, Trajectory
-from artlib.processes import VE, VP, Process, RectifiedFlow, as_time
-from artlib.targets import Gaussian
+from artlib.flow.denoisers import CountNFE, from_epsilon
+from artlib.flow.flow import ProbabilityFlow, Trajectory
+from artlib.flow.noise_coordinate import table_times
+from artlib.flow.path_derivative import ForwardModeWarning, derivative_matrix
+from artlib.flow.processes import VE, VP, Process, RectifiedFlow, as_time
+from artlib.flow.targets import Gaussian
 
 F64 = torch.float64
 each_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.name)

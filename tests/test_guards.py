@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import artlib
-from artlib import _ask, rivals
+from artlib import rivals
 from artlib.adapters import nvlabs
+from artlib.flow import ask as _ask
 
 VE = artlib.VE()
 TARGET = artlib.Gaussian([0.0, 0.0], [[1.0, 0.3], [0.3, 0.5]])

@@ -10,7 +10,7 @@ import torch
 from scipy import integrate, linalg, stats
 from torch import Tensor
 
-from artlib.metrics import (
+from artlib.metrics.distances import (
     frechet_distance,
     gaussian_statistics,
     sliced_wasserstein2,
@@ -247,7 +247,7 @@ def test_sliced_is_reproducible_and_its_batches_do_not_matter(
     assert sliced_wasserstein2(a, b, seed=4) != first
     rng = torch.Generator().manual_seed(3)
     assert sliced_wasserstein2(a, b, seed=rng) == first
-    monkeypatch.setattr("artlib.metrics._PROJECTED", 700)  # six at a time
+    monkeypatch.setattr("artlib.metrics.distances._PROJECTED", 700)  # six at a time
     assert sliced_wasserstein2(a, b, seed=3) == pytest.approx(first, rel=1e-13)
 
 

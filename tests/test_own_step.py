@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import artlib
-from artlib.denoisers import CountNFE
-from artlib.flow import ProbabilityFlow
-from artlib.targets import Gaussian
+from artlib.flow.denoisers import CountNFE
+from artlib.flow.flow import ProbabilityFlow
+from artlib.flow.targets import Gaussian
 
 F64 = torch.float64
 PROCESS = artlib.VE(sigma_max=20.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from artlib._path_derivative import PathDerivative
+from artlib.flow.path_derivative import PathDerivative
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])

@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import artlib
-from artlib import _plot_style, plotting
-from artlib.control import StiffnessTable
+from artlib import plotting
+from artlib.control.closed_form import StiffnessTable
+from artlib.plotting import style as _plot_style
 
 PROCESS = artlib.VE(sigma_min=0.002, sigma_max=80.0)
 SCHEDULES = {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import artlib
 from artlib import rivals
-from artlib._precision import full_precision
+from artlib._common.precision import full_precision
 
 PROBLEM = mixture_16d(artlib.VE(), n=4)
 GRID = artlib.edm(PROBLEM.process, pinned=False).grid(4)

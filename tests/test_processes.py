@@ -15,9 +15,10 @@ import torch
 from scipy import integrate
 from torch import Tensor
 
-from artlib import _process_registry
-from artlib._log_level import log_level, log_level_dot, table_times
-from artlib.processes import (
+from artlib._common.errors import ScheduleFormatError
+from artlib.flow import registry as _process_registry
+from artlib.flow.noise_coordinate import log_level, log_level_dot, table_times
+from artlib.flow.processes import (
     VE,
     VP,
     Process,
@@ -26,7 +27,7 @@ from artlib.processes import (
     process_from_dict,
     register_process,
 )
-from artlib.schedules import Schedule, ScheduleFormatError, edm, uniform
+from artlib.schedules.constructors import Schedule, edm, uniform
 
 PROCESSES = (
     VE(),

@@ -16,9 +16,9 @@ from problems import mixture_16d
 from torch import Tensor
 
 import artlib
-from artlib.flow import ProbabilityFlow
-from artlib.processes import VE, VP, RectifiedFlow
-from artlib.refine import refine
+from artlib.control.few_steps import refine
+from artlib.flow.flow import ProbabilityFlow
+from artlib.flow.processes import VE, VP, RectifiedFlow
 
 F64 = torch.float64
 SPECTRUM = torch.logspace(1, -4, 64, dtype=F64)  # the log-uniform law of chapter 09

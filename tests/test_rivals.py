@@ -12,8 +12,8 @@ from problems import mixture_16d
 from torch import Tensor
 
 import artlib
-from artlib.flow import ProbabilityFlow
-from artlib.processes import VE, VP, RectifiedFlow
+from artlib.flow.flow import ProbabilityFlow
+from artlib.flow.processes import VE, VP, RectifiedFlow
 from artlib.rivals import JumpCosts, euler_jumps, girsanov, girsanov_bound
 
 F64 = torch.float64

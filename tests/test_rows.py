@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import artlib
-from artlib._rows import in_batches
-from artlib.denoisers import CountNFE, from_epsilon, from_x0
-from artlib.flow import ProbabilityFlow
+from artlib.flow.denoisers import CountNFE, from_epsilon, from_x0
+from artlib.flow.flow import ProbabilityFlow
+from artlib.flow.rows import in_batches
 from artlib.rivals import euler_jumps, girsanov
 
 F64 = torch.float64

@@ -16,14 +16,11 @@ from scipy.integrate import quad
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import brentq
 
-from artlib import _schedule_io
-from artlib._convert import convert
-from artlib._time_change import BetaQuantiles
-from artlib._time_table import Table, invert_increasing
-from artlib.processes import VE, VP, RectifiedFlow
-from artlib.schedules import (
+from artlib._common.errors import ScheduleFormatError
+from artlib.flow.processes import VE, VP, RectifiedFlow
+from artlib.schedules import file
+from artlib.schedules.constructors import (
     Schedule,
-    ScheduleFormatError,
     beta,
     edm,
     from_density,
@@ -33,6 +30,9 @@ from artlib.schedules import (
     log_snr,
     uniform,
 )
+from artlib.schedules.convert import convert
+from artlib.schedules.table import Table, invert_increasing
+from artlib.schedules.time_change import BetaQuantiles
 
 PROCESSES = [VE(), VP(), RectifiedFlow()]
 FORMULAS = {
@@ -792,7 +792,7 @@ def test_provenance_is_kept_and_refused_unless_json():
         with pytest.raises(error, match="provenance"):
             from_density(VE(), times, times, provenance={"data": bad})
     with pytest.raises(ValueError, match="not JSON compliant"):
-        _schedule_io.dumps({"times": [math.inf]})
+        file.dumps({"times": [math.inf]})
 
 
 def damaged(change):
@@ -1225,7 +1225,7 @@ def test_a_failed_save_leaves_the_old_file(step, error, tmp_path, monkeypatch):
     def fail(*_):
         raise error("disk full")
 
-    monkeypatch.setattr(_schedule_io.os, step, fail)
+    monkeypatch.setattr(file.os, step, fail)
     with pytest.raises(error, match="disk full"):
         log_snr(VE()).save(path)
     with pytest.raises(error, match="disk full"):
@@ -1248,7 +1248,7 @@ def test_the_target_is_never_opened_for_writing(tmp_path, monkeypatch):
         assert Path(source).parent == Path(target).parent
         replace(source, target)
 
-    monkeypatch.setattr(_schedule_io.os, "replace", watch)
+    monkeypatch.setattr(file.os, "replace", watch)
     log_snr(VE()).save(path)
     assert seen == [(log_snr(VE()), edm(VE()))]
     assert os.listdir(tmp_path) == ["s.json"]

@@ -12,10 +12,10 @@ from problems import mixture_16d
 from torch import Tensor
 
 import artlib
-from artlib._log_level import log_level_dot
-from artlib.flow import ProbabilityFlow
-from artlib.processes import VE, VP, Process, RectifiedFlow
-from artlib.targets import Gaussian
+from artlib.flow.flow import ProbabilityFlow
+from artlib.flow.noise_coordinate import log_level_dot
+from artlib.flow.processes import VE, VP, Process, RectifiedFlow
+from artlib.flow.targets import Gaussian
 
 F64 = torch.float64
 SOLVERS = {"euler": 1, "heun": 2, "rk4": 4, "dpmpp_2m": 2}

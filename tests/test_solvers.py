@@ -22,10 +22,10 @@ from problems import (
 )
 from torch import Tensor, nn
 
-from artlib._integrators import integrate
-from artlib.flow import ProbabilityFlow
-from artlib.processes import VE, VP, RectifiedFlow
-from artlib.solvers import SOLVERS, nfe, sample
+from artlib.flow.flow import ProbabilityFlow
+from artlib.flow.processes import VE, VP, RectifiedFlow
+from artlib.solvers.integrate import integrate
+from artlib.solvers.sample import SOLVERS, nfe, sample
 
 FIXED = ("euler", "heun", "rk4", "dpmpp_2m")
 PROBLEMS = all_problems()
@@ -392,7 +392,7 @@ def test_dopri5_stays_between_its_ends_and_reports_its_nodes() -> None:
 
 
 def test_dopri5_says_that_it_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("artlib._integrators._MAX_TRIALS", 5)
+    monkeypatch.setattr("artlib.solvers.integrate._MAX_TRIALS", 5)
     with pytest.raises(RuntimeError, match=r"cannot reach rtol = 1e-09.*rk4"):
         sample(VE_MIXTURE.flow(), VE_MIXTURE.x_T, solver="dopri5", rtol=1e-9, atol=1e-9)
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import artlib
-from artlib import _state_file
-from artlib._rl_checkpoint import CheckpointError
-from artlib._state_file import StateFileError, read_state, write_state
+from artlib._common import tensor_file as _state_file
+from artlib._common.tensor_file import StateFileError, read_state, write_state
+from artlib.rl.checkpoint import CheckpointError
 from artlib.zoo import train as command
-from artlib.zoo._shipped import CHECK_SUMS
 from artlib.zoo.features import features
 from artlib.zoo.networks import WEIGHTS, load, load_autoencoder, save_network
 from artlib.zoo.recipes import ScoreRecipe
+from artlib.zoo.shipped import CHECK_SUMS
 from artlib.zoo.training import Trainer
 from artlib.zoo.unet import UNet, UNetConfig
 

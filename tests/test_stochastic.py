@@ -12,8 +12,8 @@ from problems import mixture_16d
 from torch import Tensor
 
 import artlib
-from artlib.processes import VE, VP, Process, RectifiedFlow
-from artlib.stochastic import gaussian_stochastic_std, sample_stochastic
+from artlib.flow.processes import VE, VP, Process, RectifiedFlow
+from artlib.solvers.stochastic import gaussian_stochastic_std, sample_stochastic
 
 F64 = torch.float64
 SPECTRUM = torch.tensor([4.0, 1.0, 0.3, 0.05, 1e-3], dtype=F64)

@@ -13,9 +13,9 @@ from problems import PROCESSES
 from scipy import stats
 from torch import Tensor
 
-from artlib.flow import ProbabilityFlow
-from artlib.processes import VE, VP, Process, RectifiedFlow
-from artlib.targets import Empirical, Gaussian, GaussianMixture, Target
+from artlib.flow.flow import ProbabilityFlow
+from artlib.flow.processes import VE, VP, Process, RectifiedFlow
+from artlib.flow.targets import Empirical, Gaussian, GaussianMixture, Target
 
 each_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.name)
 

@@ -13,9 +13,9 @@ from problems import mixture_1d, mixture_16d
 from torch import Tensor, nn
 
 import artlib
-from artlib.flow import ProbabilityFlow
-from artlib.processes import VE, VP, Process, RectifiedFlow
-from artlib.targets import Gaussian
+from artlib.flow.flow import ProbabilityFlow
+from artlib.flow.processes import VE, VP, Process, RectifiedFlow
+from artlib.flow.targets import Gaussian
 
 F64 = torch.float64
 SPECTRUM = torch.tensor([4.0, 0.25, 0.01, 1.0], dtype=F64)

@@ -26,14 +26,14 @@ from numpy.typing import NDArray
 from scipy import integrate
 from torch import Tensor
 
-from artlib._rl_episodes import Episodes
-from artlib._rl_networks import critic_value
-from artlib._rl_updates import Learner
-from artlib.actor_critic import ActorCritic
-from artlib.control import StiffnessTable, stiffness_table
-from artlib.flow import ProbabilityFlow
-from artlib.processes import VE
-from artlib.targets import Gaussian
+from artlib.control.closed_form import StiffnessTable, stiffness_table
+from artlib.flow.flow import ProbabilityFlow
+from artlib.flow.processes import VE
+from artlib.flow.targets import Gaussian
+from artlib.rl.actor_critic import ActorCritic
+from artlib.rl.episodes import Episodes
+from artlib.rl.policy import critic_value
+from artlib.rl.updates import Learner
 
 F64 = torch.float64
 Array = NDArray[np.float64]

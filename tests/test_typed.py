@@ -84,7 +84,7 @@ def test_a_users_script_is_checked_against_the_installed_wheel(
     )
     lines = (found.stdout + found.stderr).splitlines()
     assert 'Revealed type is "float"' in lines[0].replace("builtins.", "")
-    assert 'Revealed type is "artlib._schedule.Schedule"' in lines[1]
+    assert 'Revealed type is "artlib.schedules.schedule.Schedule"' in lines[1]
     assert '"def (K: int)' in lines[2].replace("builtins.", "").replace("'", '"')
     assert 'incompatible type "str"; expected "Process"' in lines[3]
     assert len(lines) == 5

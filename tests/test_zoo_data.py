@@ -19,16 +19,10 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from artlib.zoo import (
-    DATASETS,
-    _decode,
-    _fetch,
-    _sources,
-    digits,
-    emoji,
-    fashion_mnist,
-    mnist,
-)
+from artlib.zoo import DATASETS, digits, emoji, fashion_mnist, mnist
+from artlib.zoo.datasets import decode as _decode
+from artlib.zoo.datasets import fetch as _fetch
+from artlib.zoo.datasets import sources as _sources
 
 
 def to_idx(values):

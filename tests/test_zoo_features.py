@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from artlib import class_score, feature_distance, kernel_distance, zoo
-from artlib._rl_options import TrainingError
-from artlib._state_file import StateFileError, write_state
-from artlib.metrics import frechet_distance, gaussian_statistics
+from artlib._common.errors import TrainingError
+from artlib._common.tensor_file import StateFileError, write_state
+from artlib.metrics.distances import frechet_distance, gaussian_statistics
 from artlib.zoo import features
 from artlib.zoo.features import KIND, NAMES, SmallCNN
 from artlib.zoo.networks import WEIGHTS

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import artlib
-from artlib import _state_file
-from artlib._rl_options import TrainingError
-from artlib._state_file import StateFileError
-from artlib.denoisers import from_edm
+from artlib._common import tensor_file as _state_file
+from artlib._common.errors import TrainingError
+from artlib._common.tensor_file import StateFileError
+from artlib.flow.denoisers import from_edm
 from artlib.zoo import train as command
 from artlib.zoo.autoencoder import LATENT_STD, Autoencoder, AutoencoderConfig
 from artlib.zoo.networks import (

@@ -11,7 +11,7 @@ None imports its framework: they work on the objects they are given. So that a d
 grid never reaches a sampler, an export either is exact to 1e-5 or raises `ExportError`.
 """
 
-from .._schedule_io import ExportError
+from .._common.errors import ExportError
 from . import comfyui, diffusers, k_diffusion, nvlabs
 
 __all__ = ["ExportError", "comfyui", "diffusers", "k_diffusion", "nvlabs"]

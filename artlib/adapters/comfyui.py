@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from torch import Tensor, empty
 
 from artlib import Schedule
-from artlib._files import check_output, write_bytes
+from artlib._common.files import check_output, write_bytes
 from artlib.adapters.k_diffusion import to_k_diffusion
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "ARTSigmas", "install"]

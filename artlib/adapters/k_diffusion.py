@@ -11,16 +11,15 @@ import json
 import torch
 from torch import Tensor
 
-from .._checks import finite_float, positive_int
-from .._schedule import Schedule
-from .._schedule_io import ExportError
-from ._levels import Coordinate, noise_levels, own_coordinate
+from .._common.checks import finite_float, positive_int
+from .._common.errors import ExportError
+from .levels import Coordinate, ScheduleLike, noise_levels, own_coordinate
 
 __all__ = ["ExportError", "to_k_diffusion", "to_text"]
 
 
 def to_k_diffusion(
-    schedule: Schedule,
+    schedule: ScheduleLike,
     K: int,
     *,
     denoise: float = 1.0,
@@ -57,7 +56,7 @@ def to_k_diffusion(
 
 
 def to_text(
-    schedule: Schedule,
+    schedule: ScheduleLike,
     K: int,
     *,
     denoise: float = 1.0,

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._ask import exact_time
-from .._checks import finite_float
-from .._rows import Rows, take_rows
-from ..denoisers import Denoiser, itself, network_dtype
-from ..processes import VE
+from .._common.checks import finite_float
+from ..flow.ask import exact_time
+from ..flow.denoisers import Denoiser, itself, network_dtype
+from ..flow.processes import VE
+from ..flow.rows import Rows, take_rows
 
 __all__ = ["EDMDenoiser", "denoiser"]
 

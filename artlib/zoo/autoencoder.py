@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .._checks import check_samples
+from .._common.checks import check_samples
 
 LATENT_STD = 0.5
 _NOISE = 0.1

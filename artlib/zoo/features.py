@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_samples
-from .._state_file import (
+from .._common.checks import check_samples
+from .._common.tensor_file import (
     Rule,
     StateFileError,
     check_header,
@@ -36,8 +36,8 @@ from .._state_file import (
     is_text,
     read_state,
 )
-from ._shipped import CHECK_SUMS
 from .networks import weight_file
+from .shipped import CHECK_SUMS
 
 KIND = "artlib-zoo-features"
 

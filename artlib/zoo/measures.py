@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .._feature_metrics import class_score, feature_distance, kernel_distance
+from ..metrics.features import class_score, feature_distance, kernel_distance
 from .features import FeatureNet
 
 

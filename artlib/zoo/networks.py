@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .._state_file import (
+from .._common.tensor_file import (
     StateFileError,
     check_header,
     is_count,
@@ -26,12 +26,12 @@ from .._state_file import (
     read_state,
     write_state,
 )
-from ..denoisers import Denoiser, from_edm
-from ..processes import VE, Process
-from ._fetch import folders
-from ._shipped import CHECK_SUMS
+from ..flow.denoisers import Denoiser, from_edm
+from ..flow.processes import VE, Process
 from .autoencoder import Autoencoder, AutoencoderConfig
+from .datasets.fetch import folders
 from .recipes import RECIPES, AutoencoderRecipe, recipe
+from .shipped import CHECK_SUMS
 from .unet import UNet, UNetConfig
 
 _KIND = "artlib-zoo-network"

@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import __version__
-from .._console import say
-from .._files import check_output, write_bytes
-from .._rl_options import TrainingError
-from .._state_file import StateFileError
-from . import data
+from .._common.console import say
+from .._common.errors import TrainingError
+from .._common.files import check_output, write_bytes
+from .._common.tensor_file import StateFileError
+from .._common.version import __version__
+from . import datasets as data
 from .autoencoder import Autoencoder
 from .networks import (
     WEIGHTS,

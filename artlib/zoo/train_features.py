@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import __version__
-from .._console import say
-from .._files import check_output, write_bytes
-from .._rl_options import TrainingError
-from .._state_file import write_state
-from ..metrics import frechet_distance, gaussian_statistics
-from .data import DATASETS
+from .._common.console import say
+from .._common.errors import TrainingError
+from .._common.files import check_output, write_bytes
+from .._common.tensor_file import write_state
+from .._common.version import __version__
+from ..metrics.distances import frechet_distance, gaussian_statistics
+from .datasets import DATASETS
 from .features import BUILD, KIND, FeatureNet, LeNet, Reference, SmallCNN
 from .networks import trained_folder
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .._checks import check_samples, positive_int
-from .._files import check_output
-from .._rl_options import TrainingError
-from .._state_file import (
+from .._common.checks import check_samples, positive_int
+from .._common.errors import TrainingError
+from .._common.files import check_output
+from .._common.tensor_file import (
     Rule,
     StateFileError,
     check_header,

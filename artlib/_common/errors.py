@@ -1,0 +1,13 @@
+"""Errors that more than one room raises."""
+
+
+class ScheduleFormatError(ValueError):
+    """A schedule file that cannot be used; the message names it and the remedy."""
+
+
+class ExportError(ValueError):
+    """A schedule cannot be exported unharmed; the message says why, and what to do."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the trainer is as it was before the failed iteration."""

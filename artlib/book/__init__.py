@@ -1,0 +1,34 @@
+r"""What the chapters need from their surroundings, with and without Jupyter.
+
+A chapter runs in three places: in a Jupyter kernel (the committed outputs), as
+plain Python (``make full CHAPTER=10``, usually on a GPU) and on Colab. The
+functions here behave alike in all three, so that a chapter never asks where it is.
+
+* :func:`glue` names a number, so that prose can quote it instead of copying it.
+* :func:`show` displays a figure exactly once.
+* :func:`full` and :func:`device` say how much to compute, and where.
+* :func:`save_results` and :func:`load_results` keep the tables of full runs in
+  ``notebooks/results/NAME.json`` of the clone (``ARTLIB_RESULTS`` names another
+  folder), each with the circumstances it was made in;
+  :func:`comparison` does that for tables of schedules, and checks a part, and
+  :func:`learned` for schedules.
+"""
+
+from .results import load_results, save_results, scratch
+from .surroundings import FIGURE_DPI, GLUED, device, full, glue, show
+from .tables import Listed, comparison, learned
+
+__all__ = [
+    "FIGURE_DPI",
+    "GLUED",
+    "Listed",
+    "comparison",
+    "device",
+    "full",
+    "glue",
+    "learned",
+    "load_results",
+    "save_results",
+    "scratch",
+    "show",
+]

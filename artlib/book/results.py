@@ -1,0 +1,133 @@
+"""Tables of full runs: ``notebooks/results/NAME.json``, with what made them."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._common.files import write_bytes
+from .._common.version import __version__
+from .surroundings import device, full
+
+
+def save_results(name: str, results: dict[str, Any], *, seed: int) -> Path:
+    """Write the tables of a full run to ``notebooks/results/NAME.json``, atomically.
+
+    The file holds ``{"made": {...}, "results": results}``, where ``made`` says when,
+    on what device, with which seed, versions and commit.
+    """
+    chosen = device()
+    cuda = chosen.type == "cuda"
+    made = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "seed": seed,
+        "full": full(),
+        "device": torch.cuda.get_device_name(chosen) if cuda else platform.machine(),
+        "commit": _commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "artlib": __version__,
+            "torch": torch.__version__,
+        },
+    }
+    text = json.dumps({"made": made, "results": results}, indent=1, allow_nan=False)
+    path = _results_dir() / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, f"{text}\n".encode())
+    return path
+
+
+def load_results(name: str) -> dict[str, Any]:
+    """Read what :func:`save_results` wrote: ``{"made": ..., "results": ...}``.
+
+    Raises:
+        FileNotFoundError: If there are no such results.
+        ValueError: If the file is damaged.
+    """
+    path = _results_dir() / f"{name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no results named {name!r} in {path.parent}: "
+            "run the chapter at full size first (make full CHAPTER=NN), or name the "
+            "folder that has them in the environment variable ARTLIB_RESULTS"
+        )
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+        return {"made": loaded["made"], "results": loaded["results"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected what save_results writes, JSON with made and results "
+            f"({error!r}); restore the file, or make it again (make full CHAPTER=NN)"
+        ) from error
+
+
+def scratch(name: str) -> Path:
+    """A file for what a long run keeps until it is done, in ``_build`` of the clone.
+
+    Where ``ARTLIB_RESULTS`` names a folder of another form than
+    ``.../notebooks/results``, ``_build`` is in it.
+    """
+    results = _results_dir()
+    home = results.parent.parent if results.parent.name == "notebooks" else results
+    folder = home / "_build"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
+def _results_dir() -> Path:
+    """``notebooks/results`` of the clone that this module or the chapter is part of.
+
+    ``ARTLIB_RESULTS`` names another folder. The clone of the package goes before the
+    current folder: after a restart of a kernel, that may be any folder. A package
+    that was installed has no clone, so the folders around the chapter are looked at.
+    """
+    if chosen := os.environ.get("ARTLIB_RESULTS"):
+        return Path(chosen).expanduser().absolute()
+    around = [Path(__file__).resolve().parent.parent.parent]
+    with contextlib.suppress(FileNotFoundError):  # a current folder that is gone
+        here = Path.cwd()
+        around += [here, *here.parents]
+    for folder in around:
+        if (results := folder / "notebooks" / "results").is_dir():
+            return results
+    raise FileNotFoundError(
+        f"no folder notebooks/results beside the package ({around[0]}) nor around the "
+        "current folder: run the chapter inside a clone of the book's repository, or "
+        "name the folder of the results in the environment variable ARTLIB_RESULTS"
+    )
+
+
+def _commit() -> str:
+    """The commit the code stands at, with ``+`` if tracked files differ from it.
+
+    Results are not counted: a run that writes two files would mark the second. A
+    package that was installed may lie in another project's repository, whose commit
+    says nothing of it.
+    """
+    home = Path(__file__).resolve().parent.parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments],
+            cwd=home,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != home:
+            return os.environ.get("ARTLIB_COMMIT", "unknown")
+        commit = git("rev-parse", "--short=12", "HEAD")
+        changes = git("status", "--porcelain", "-uno", "--", ":!notebooks/results")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("ARTLIB_COMMIT", "unknown")
+    return commit + ("+" if changes else "")

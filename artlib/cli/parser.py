@@ -1,0 +1,320 @@
+"""The command ``artlib``: learn a schedule, look at it, compare it, hand it over.
+
+Exit status: 0 done; 1 the computation failed on the way; 2 the command line or what it
+names cannot be used (the message says what came, what was expected and what to do);
+130 interrupted, with nothing half-written; 141 whoever read the output has closed it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TextIO
+
+from .._common.console import say
+from .._common.version import __version__
+from .commands import compare, draw, learn, show
+from .export import export
+from .sources import FORMULAS, place
+
+_SOURCES = f"""\
+A SOURCE is a network to take steps for:
+  fashion-base          a network of artlib's zoo, by name
+  path/to/pipeline      a folder that pipe.save_pretrained(...) of diffusers wrote
+  mymodule:make         a denoiser D(x, t), or a function without arguments that makes
+                        one; its attributes .process and .sample_shape say the rest,
+                        or --process and --shape do
+Nothing is downloaded, and nothing is unpickled.
+
+A SCHEDULE is a file written by "artlib learn", or a formula by name:
+  {", ".join(FORMULAS)}
+"""
+
+_MAIN = f"""\
+Where should a diffusion sampler spend its steps? Ask the model, once:
+
+  artlib learn fashion-base -o s.json          closed form: a minute, one file
+  artlib show s.json -K 10                     where ten steps fall
+  artlib compare fashion-base s.json edm-unpinned -K 5,10,20
+                                               error against NFE, matched noise
+  artlib export s.json --to k-diffusion -K 10  the list for your sampler
+  artlib sample fashion-base s.json -K 10 -o x.safetensors
+
+{_SOURCES}
+"artlib COMMAND --help" explains each command. Several GPUs:
+  accelerate launch -m artlib.cli learn SOURCE -o s.json
+"""
+
+_LEARN = """\
+Integrates reference paths from noise to data, measures how sharply they bend, and puts
+the steps where bending is dear. The default, the closed form, is done after that; with
+--method rl the paper's actor-critic is trained on the same table.
+
+  artlib learn mymodule:make -o s.json --process ve:0.002,80 --shape 3,32,32
+  artlib learn path/to/pipeline -o s.json --class-label 3
+  artlib learn path/to/sd -o s.json --condition prompts.safetensors --guidance 7.5
+  artlib learn fashion-base -o s.json --method rl --checkpoint run.safetensors
+
+A condition file holds further arguments of the network, one row each or one per sample,
+for example encoder_hidden_states and unconditional.encoder_hidden_states. If the
+checkpoint exists, training continues from it.
+"""
+
+_EXPORT = """\
+  --to text          [80.0, ..., 0.0]: Python, JSON and most else
+  --to k-diffusion   the same as a line of PyTorch
+  --to json          times and sigmas with the process they belong to
+  --to diffusers     the argument of pipe(...), with the scheduler's own shift, ramp and
+                     final zero undone; needs --scheduler
+  --to comfyui       a folder for ComfyUI/custom_nodes, for any number of steps
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments, by default those of the process.
+
+    Returns:
+        The exit status, see the module. Errors of usage and ``--help`` leave by
+        ``SystemExit``, as argparse does.
+    """
+    try:
+        try:
+            status = _run(_parser().parse_args(argv))
+        finally:  # --help and errors of usage leave by SystemExit
+            _flush()
+    except BrokenPipeError:
+        _leave()
+        return 141
+    except OSError as error:  # of the flush: what was printed did not arrive
+        _leave()
+        return _fail("", f"standard output: {_sentence(error)}", 1)
+    return status
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning(args.command)
+            args.run(args)
+    except KeyboardInterrupt:
+        return _fail(args.command, "interrupted", 130)
+    except BrokenPipeError:
+        raise
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        return _fail(args.command, _sentence(error), 2)
+    except RuntimeError as error:
+        return _fail(args.command, _sentence(error), 1)
+    except Exception as error:  # of the user's own denoiser, as a rule
+        return _fail(args.command, f"{type(error).__name__}: {_sentence(error)}", 1)
+    return 0
+
+
+def _sentence(error: BaseException) -> str:
+    """What an error says, and the place, if it is in the user's own module."""
+    if isinstance(error, OSError) and error.strerror:
+        name = error.filename
+        return f"{os.fsdecode(name)}: {error.strerror}" if name else error.strerror
+    return f"{str(error) or type(error).__name__}{place(error)}"
+
+
+def _show_warning(command: str) -> Callable[..., None]:
+    def show_warning(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        _tell(command, "warning", str(message))
+
+    return show_warning
+
+
+def _fail(command: str, message: str, status: int) -> int:
+    _tell(command, "error", message)
+    return status
+
+
+def _tell(command: str, kind: str, message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # one of several processes says it
+        say(f"{f'artlib {command}'.strip()}: {kind}: {message}", error=True)
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _leave() -> None:
+    """Let the interpreter close its output without a word: nobody reads it."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # not a file
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="artlib", description=_MAIN, formatter_class=raw
+    )
+    parser.add_argument("--version", action="version", version=f"artlib {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: object, summary: str, text: str
+    ) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name, help=summary, description=text, formatter_class=raw
+        )
+        made.set_defaults(run=run)
+        return made
+
+    one = command("learn", learn, "learn a schedule", f"{_LEARN}\n{_SOURCES}")
+    _add_source(one)
+    one.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        help="the schedule's file (JSON); - prints",
+    )
+    one.add_argument(
+        "--method", choices=("closed", "rl"), default="closed", help="default: closed"
+    )
+    one.add_argument(
+        "--average",
+        choices=("open_loop", "paper"),
+        default="open_loop",
+        help="closed form: the optimum, or the mean of the paths' own clocks",
+    )
+    _add_samples(one, 64, "trajectories")
+    one.add_argument("--points", type=_count, default=64, help="times on a path (64)")
+    one.add_argument(
+        "--budget", type=_count, help="at most so many network evaluations (batches)"
+    )
+    rl = one.add_argument_group("with --method rl")
+    rl.add_argument("--iterations", type=_count, default=2000, help="(2000)")
+    rl.add_argument("--steps", type=_count, default=18, help="steps of an episode (18)")
+    rl.add_argument("--temperature", type=float, help="(0.02, less below 12 steps)")
+    rl.add_argument("--checkpoint", help="file to write on the way and to resume from")
+    _add_common(one)
+
+    one = command("show", show, "print and draw schedules", _SOURCES)
+    one.add_argument("schedules", nargs="+", metavar="SCHEDULE")
+    _add_steps(one, several=True, default=[10])
+    one.add_argument("--process", help="of formulas, for example ve:0.002,80")
+    one.add_argument("--plot", metavar="FILE", help="a figure: .png, .svg or .pdf")
+    one.add_argument("--force", action="store_true", help="replace what is there")
+
+    one = command("compare", compare, "error against NFE on one flow", _SOURCES)
+    _add_source(one)
+    one.add_argument("schedules", nargs="+", metavar="SCHEDULE")
+    _add_steps(one, several=True, default=[5, 10, 20])
+    _add_solver(one)
+    _add_samples(one, 64, "samples per seed")
+    one.add_argument("--seeds", type=_count, default=3, help="how many (3)")
+    _add_common(one, writes=False)
+
+    one = command("export", export, "hand a schedule to a framework", _EXPORT)
+    one.add_argument("schedule", metavar="SCHEDULE", help="a file of artlib learn")
+    one.add_argument(
+        "--to",
+        required=True,
+        choices=("text", "json", "k-diffusion", "diffusers", "comfyui"),
+    )
+    _add_steps(one, several=False, default=None)
+    one.add_argument("-o", "--output", help="a file (- prints), for comfyui a folder")
+    one.add_argument(
+        "--denoise", type=float, default=1.0, help="image-to-image: share of the way"
+    )
+    one.add_argument("--scheduler", metavar="FOLDER", help="diffusers: its settings")
+    one.add_argument("--mu", type=float, help="diffusers: of a dynamic shift")
+    one.add_argument("--name", help="comfyui: name in the node's list")
+    one.add_argument("--force", action="store_true", help="replace what is there")
+
+    one = command("sample", draw, "sample with a schedule", _SOURCES)
+    _add_source(one)
+    one.add_argument("schedule", metavar="SCHEDULE")
+    _add_steps(one, several=False, default=10)
+    _add_solver(one)
+    _add_samples(one, 16, "samples")
+    one.add_argument("-o", "--output", required=True, help="a .safetensors file, or -")
+    _add_common(one)
+    return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("--process", help="ve:MIN,MAX, vp:MIN,MAX or rf:MIN,MAX")
+    parser.add_argument("--shape", type=_shape, help="of one sample, such as 3,32,32")
+    group = parser.add_argument_group("with a diffusers folder")
+    group.add_argument("--class-label", type=int, help="the class to condition on")
+    group.add_argument("--condition", metavar="FILE", help="arguments, safetensors")
+    group.add_argument("--guidance", type=float, default=1.0, help="its factor (1)")
+
+
+def _add_samples(parser: argparse.ArgumentParser, default: int, what: str) -> None:
+    parser.add_argument(
+        "-n", "--samples", type=_count, default=default, help=f"{what} ({default})"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+
+
+def _add_steps(
+    parser: argparse.ArgumentParser, *, several: bool, default: object
+) -> None:
+    parser.add_argument(
+        "-K",
+        "--steps",
+        type=_counts if several else _count,
+        default=default,
+        help="number of steps" + (", or several: 5,10,20" if several else ""),
+    )
+
+
+def _add_solver(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--solver",
+        choices=("euler", "heun", "rk4", "dpmpp_2m"),
+        default="euler",
+        help="default: euler",
+    )
+
+
+def _add_common(parser: argparse.ArgumentParser, *, writes: bool = True) -> None:
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ... (auto)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    if writes:
+        parser.add_argument(
+            "--force", action="store_true", help="replace what is there"
+        )
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
+    return value
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(_counts(text))

@@ -1,0 +1,304 @@
+r"""Several schedules on one flow: what each is worth at each number of evaluations.
+
+All schedules start from the same noise (**matched noise**), so that their differences
+are not those of the draws; the spread over seeds is kept, not only the mean. The error
+is the distance to where the path really leads,
+
+.. math:: \sqrt{\tfrac1{Nd}\sum_i \lVert x_i - x_i^{ref}\rVert^2} ,
+
+with the reference solved by dopri5 from the same noise. A few samples that end at
+another image make most of that mean, so the **median** of the distances of the samples
+stands beside it. Other measures can be added. Evaluations (NFE) are counted at the
+network.
+
+Whether two schedules differ is a question to **pairs** of samples, not to the spread
+over seeds: `Comparison.ratio` and `nfe_ratio` draw the same samples again for both.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .._common.checks import check_samples, finite_float, got, positive_int
+from .._common.files import check_output
+from .._common.precision import full_precision
+from ..flow.denoisers import CountNFE
+from ..flow.flow import ProbabilityFlow, check_flow
+from ..flow.processes import Process
+from ..metrics.distances import terminal_error
+from ..schedules.constructors import Schedule, edm, kl_optimal, log_snr, uniform
+from ..solvers.sample import sample
+from ..solvers.solver import Step, solver_of
+from .bootstrap import Interval
+from .file import ComparisonFile, Origin, probe_grid
+from .quality import nfe_ratio, nfe_to_quality
+from .table import Cell, Comparison, HasGrid, rounded
+
+__all__ = [
+    "Budgets",
+    "Cell",
+    "Comparison",
+    "HasGrid",
+    "Interval",
+    "Measure",
+    "baselines",
+    "compare",
+    "nfe_ratio",
+    "nfe_to_quality",
+    "references",
+]
+
+Measure = Callable[[Tensor], Mapping[str, float]]
+"""Samples [N, *shape] -> named numbers, for example distances in features."""
+
+Budgets = Mapping[str | Step, Sequence[int]]
+"""Solver, as in `artlib.sample`, -> numbers of steps K."""
+
+
+def baselines(process: Process) -> dict[str, Schedule]:
+    """The hand-made schedules that every comparison should show.
+
+    Args:
+        process: The noising process.
+
+    Returns:
+        Uniform, DPM and EDM as published (pinned at t_min) and unpinned, KL-optimal.
+    """
+    return {
+        "Uniform": uniform(process),
+        "DPM": log_snr(process),
+        "DPM unpinned": log_snr(process, pinned=False),
+        "EDM": edm(process),
+        "EDM unpinned": edm(process, pinned=False),
+        "KL-optimal": kl_optimal(process),
+    }
+
+
+def references(
+    flow: ProbabilityFlow,
+    noises: Sequence[Tensor],
+    *,
+    rtol: float = 1e-5,
+    batch: int = 256,
+) -> list[Tensor]:
+    """Where the paths from each noise really lead, by dopri5.
+
+    Args:
+        flow: The flow.
+        noises: States at ``t_max``, one tensor [N, *shape] per seed.
+        rtol: Relative and absolute tolerance.
+        batch: Samples solved together (they share their steps).
+
+    Returns:
+        float64 tensors of the same shapes.
+    """
+    check_flow(flow)
+    tolerance = finite_float(rtol, "rtol", positive=True)
+    options: dict[str, Any] = {"rtol": tolerance, "atol": tolerance, "batch": batch}
+    return [sample(flow, x, solver="dopri5", **options) for x in _checked(noises)]
+
+
+@full_precision()
+def compare(
+    flow: ProbabilityFlow,
+    schedules: Mapping[str, HasGrid],
+    noises: Sequence[Tensor],
+    budgets: Budgets,
+    *,
+    ends: Sequence[Tensor] | None = None,
+    measure: Measure | None = None,
+    batch: int = 256,
+    file: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> Comparison:
+    """Sample with every schedule, solver and budget from the same noise, and measure.
+
+    Args:
+        flow: The flow.
+        schedules: Label -> schedule, or anything else with a ``grid(K)``.
+        noises: States at ``t_max``, one tensor [N, *shape] per seed.
+        budgets: Solver -> numbers of steps. A step of your own stands in the result
+            under the name of its function.
+        ends: From `references`; the measures ``"error"`` (root mean square) and
+            ``"median"`` (over the samples) are distances to them, per coordinate. The
+            distance of every sample is kept, for `Comparison.ratio`.
+        measure: Further measures of a seed's samples.
+        batch: Samples computed together.
+        file: A JSON file; what is in it already is not computed again, and every
+            cell is added to it when it is done, so that a long run can be stopped and
+            continued, and several can share it. Cells that another grid or measure
+            made under the same name are computed again and replaced; what else is in
+            the file stays and is returned too. To tell, three steps from the first
+            noise and ``measure`` of the references, with some noise added, are
+            computed at the start.
+        progress: Whether to show a progress bar (on stderr).
+
+    Returns:
+        A `Comparison`.
+
+    Raises:
+        ValueError: If there is nothing to measure, shapes do not fit, a schedule is
+            for another process, samples or a measure become NaN or infinite, or the
+            file belongs to another comparison: to another process, denoiser, noise or
+            reference.
+        TimeoutError: If another run does not let go of the file.
+    """
+    check_flow(flow)
+    noises = _checked(noises)
+    for name, given in (("schedules", schedules), ("budgets", budgets)):
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"{name}: expected a dict, such as {_EXAMPLES[name]}, got {got(given)}"
+            )
+    if measure is not None and not callable(measure):
+        raise TypeError(
+            f"measure: expected a function of samples, got {got(measure)}; pass "
+            "lambda x: {'name': number}"
+        )
+    if not noises or not schedules or not budgets:
+        raise ValueError("noises, schedules, budgets: each needs at least one entry")
+    if ends is None and measure is None:
+        raise ValueError(
+            "ends: nothing to measure; pass ends=references(flow, noises), a measure, "
+            "or both"
+        )
+    if ends is not None:
+        ends = _checked(ends, "ends")
+    if ends is not None and [e.shape for e in ends] != [n.shape for n in noises]:
+        raise ValueError(
+            "ends: expected one tensor per seed, of the shape of its noise; make them "
+            "with references(flow, noises)"
+        )
+    batch = positive_int(batch, "batch")
+    _check_processes(schedules, flow.process)
+    solvers = _by_name(budgets, file)
+    if file is not None:
+        check_output(file)
+    table = Comparison(count=len(noises[0]))
+    store = None
+    if file is not None:
+        probe = sample(flow, noises[0], probe_grid(flow.process), batch=batch)
+        origin = Origin.of(flow, noises, ends, probe)
+        numbers = _probed(measure, noises[0], ends, flow.process)
+        store = ComparisonFile(file, origin, table.count, schedules, numbers)
+        table = store.table
+    counter = CountNFE(flow.denoiser)
+    counted = flow.with_denoiser(counter)
+    todo = [
+        (solver, K, label)
+        for solver, key in solvers.items()
+        for K in dict.fromkeys(budgets[key])
+        for label in schedules
+        if store is None
+        or not store.holds(f"{solver} {K}", label, errors=ends is not None)
+    ]
+    for solver, K, label in tqdm(todo, desc="compare", disable=not progress):
+        grid = schedules[label].grid(K)
+        found: dict[str, list[float]] = {}
+        samples: list[list[float]] = []
+        for seed, noise in enumerate(noises):
+            counter.reset()
+            x = sample(counted, noise, grid, solver=solvers[solver], batch=batch)
+            evaluations = counter.nfe // -(-len(noise) // batch)
+            numbers = dict(measure(x)) if measure is not None else {}
+            if ends is not None:
+                numbers["error"] = terminal_error(x, ends[seed])
+                gap = (x - ends[seed]).double().flatten(1)
+                distances = gap.square().mean(1).sqrt()
+                numbers["median"] = float(distances.median())
+                samples.append(rounded(distances.tolist()))
+            for name, value in numbers.items():
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"measure: {name!r} of {label!r} with {solver}, K = {K} is "
+                        f"{float(value)}; expected a finite number"
+                    )
+                found.setdefault(name, []).append(float(value))
+        key = f"{solver} {K}"
+        if store is not None:
+            store.add(key, label, evaluations, found, samples)
+            continue
+        table.nfe[key] = evaluations
+        table.cells.setdefault(key, {})[label] = found
+        if samples:
+            table.samples.setdefault(key, {})[label] = samples
+    return table
+
+
+_EXAMPLES = {
+    "schedules": "{'EDM': artlib.edm(process)}",
+    "budgets": "{'heun': [5, 10]}",
+}
+
+
+def _checked(noises: Any, name: str = "noises") -> list[Tensor]:
+    """Every seed's tensor checked, before anything is spent on the first."""
+    single = isinstance(noises, Tensor) and noises.ndim < 3
+    if single or not isinstance(noises, Iterable):
+        raise TypeError(
+            f"{name}: expected a list with a tensor [N, *shape] for each seed, got "
+            f"{got(noises)}; put a single one into brackets"
+        )
+    return [check_samples(x, f"{name}[{k}]") for k, x in enumerate(noises)]
+
+
+def _by_name(
+    budgets: Budgets, file: str | os.PathLike[str] | None
+) -> dict[str, str | Step]:
+    """The solvers by the names that their rows have in the table."""
+    named: dict[str, str | Step] = {}
+    for solver in budgets:
+        name = solver_of(solver, adaptive=True).name
+        if name in named:
+            raise ValueError(
+                f"budgets: two solvers are called {name!r}, and one would take the "
+                "other's rows; give their functions different names"
+            )
+        if file is not None and not isinstance(solver, str):
+            raise ValueError(
+                f"file: the step {name!r} cannot be told from another of that name "
+                "when the file is read again; leave file out for a step of your own"
+            )
+        named[name] = solver
+    return named
+
+
+def _check_processes(schedules: Mapping[str, HasGrid], process: Process) -> None:
+    for label, schedule in schedules.items():
+        own = getattr(schedule, "process", process)
+        if isinstance(own, Process) and own != process:
+            raise ValueError(
+                f"schedules: {label!r} was made for {own}, but the flow runs under "
+                f"{process}; make it for this process, or take it there with "
+                "artlib.convert"
+            )
+
+
+def _probed(
+    measure: Measure | None,
+    noise: Tensor,
+    ends: Sequence[Tensor] | None,
+    process: Process,
+) -> dict[str, float]:
+    """What a measure says of an input that is the same each time, to know it again."""
+    if measure is None:
+        return {}
+    x = noise.double() / float(process.sigma(process.t_max))
+    if ends is not None:
+        x = ends[0].double() + x / 10
+    x = x.to(noise.dtype if noise.dtype == torch.float64 else torch.float32)
+    try:
+        return {name: float(value) for name, value in measure(x).items()}
+    except Exception as error:
+        error.add_note(
+            "file: the measure is called first on the references, or on noise, to know "
+            "it again in the file; leave file out for one that cannot be"
+        )
+        raise

@@ -1,0 +1,183 @@
+r"""What one batch of episodes teaches: the moment conditions of ART-RL.
+
+With martingale increments
+:math:`\delta_k = V_{k+1} - V_k + r_k\,T/K` and a test process :math:`\xi`, the
+condition :math:`E\sum_k \xi_k\delta_k = 0` is solved by stochastic approximation: a
+step along :math:`\sum_k \xi_k\delta_k`, with :math:`\delta` held fixed. It is written
+as a gradient, that of :math:`\sum_k w_k V_k\,\delta_k` for the critic (29a) and of
+:math:`\sum_k w_k \log\pi_k\,\delta_k` for the actor (29b), w being 1, or what makes the
+test function relative. Adam, decaying step sizes, clipped gradients and the mean of
+the actor's iterates over the second half are ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .._common.errors import TrainingError
+from .episodes import Episodes
+from .options import Options
+from .policy import Head, critic_value
+
+
+def decay(done: float) -> float:
+    """Factor of all step sizes: a half cosine from 1 to almost 0.
+
+    Args:
+        done: Share of the run that is over, in [0, 1].
+    """
+    return 0.5 * (1 + math.cos(math.pi * done)) + 1e-3
+
+
+class Learner:
+    """Actor and critic with their optimisers.
+
+    Args:
+        options: Of the run.
+        width: Number of state features.
+        device: Where the networks live.
+
+    Attributes:
+        actor: The last iterate.
+        critic: The last iterate.
+        average: The actor's parameters, mean of the iterates over the second half.
+    """
+
+    def __init__(self, options: Options, width: int, device: torch.device) -> None:
+        self._options = options
+        rng = torch.Generator().manual_seed(options.seed)
+        clock = options.constraint == "multiplier"
+        self.actor, self.critic = (
+            Head(
+                width, options.hidden, rng, modes=options.fourier_modes, clock=clock
+            ).to(device)
+            for _ in range(2)
+        )
+        self.average = [p.detach().clone() for p in self.actor.parameters()]
+        self._optimizers = [
+            torch.optim.Adam(network.parameters(), lr=rate, betas=(0.9, 0.99))
+            for network, rate in zip(self._networks(), self._rates(), strict=True)
+        ]
+        k = torch.arange(options.steps, dtype=torch.float64, device=device)
+        self._tau = (k / options.steps)[:, None]
+
+    def update_critic(
+        self, episodes: Episodes, reward: Tensor, done: float, iteration: int
+    ) -> Tensor:
+        """CTD(0), eq. (29a).
+
+        Args:
+            episodes: What was played.
+            reward: r dt of each step [K, n].
+            done: Share of the run that is over.
+            iteration: For messages.
+
+        Returns:
+            The increments [K, n] that the actor learns from.
+
+        Raises:
+            TrainingError: If a gradient is not finite.
+        """
+        o = self._options
+        rho = episodes.rho[:-1]
+        tau = self._tau.expand_as(rho)
+        for _ in range(o.critic_updates):
+            output = self.critic(rho, tau, episodes.features)
+            value = critic_value(output, rho, tau, o.constraint)
+            frozen = value.detach()
+            following = torch.cat([frozen[1:], torch.zeros_like(frozen[:1])])
+            increment = following - frozen + reward
+            if o.test_function == "gradient":
+                weight = torch.ones_like(frozen)
+            elif o.constraint == "hard":
+                weight = 1 / ((1 - tau) * (frozen.abs() + 1e-9))
+            else:
+                weight = 1 / (1 - tau) ** 2
+            objective = (weight * value * increment).sum(0).mean()
+            self._ascend(1, objective, done, iteration)
+        return increment
+
+    def update_actor(
+        self, episodes: Episodes, increment: Tensor, done: float, iteration: int
+    ) -> None:
+        """Policy gradient, eq. (29b).
+
+        Args:
+            episodes: What was played.
+            increment: Martingale increments of the steps that were drawn [drawn, n].
+            done: Share of the run that is over.
+            iteration: For messages.
+
+        Raises:
+            TrainingError: If a gradient is not finite.
+        """
+        objective = self.actor_objective(episodes, increment)
+        self._ascend(0, objective, done, iteration)
+
+    def actor_objective(self, episodes: Episodes, increment: Tensor) -> Tensor:
+        """What has the actor's moments (29b) as its gradient; arguments as there."""
+        drawn = len(increment)
+        rho = episodes.rho[:drawn]
+        tau = self._tau[:drawn].expand_as(rho)
+        output = self.actor(rho, tau, episodes.features[:drawn])
+        relative = self._options.test_function == "relative"
+        weight = 1 / (1 - tau) if relative else torch.ones_like(tau)
+        moments = weight * episodes.score * increment
+        return (output * moments).sum(0).mean()
+
+    def update_average(self, n: int) -> None:
+        """Take the actor into the mean as its n-th iterate; n = 1 starts it anew."""
+        with torch.no_grad():
+            for mean, now in zip(self.average, self.actor.parameters(), strict=True):
+                mean += (now - mean) / n
+
+    def averaged_actor(self) -> Head:
+        """A copy of the actor with the averaged parameters."""
+        actor = copy.deepcopy(self.actor)
+        for parameter, mean in zip(actor.parameters(), self.average, strict=True):
+            parameter.data.copy_(mean)
+        return actor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state, by name; Adam's moments are made if missing."""
+        state: dict[str, Tensor] = {}
+        for name, network, optimizer in zip(
+            ("actor", "critic"), self._networks(), self._optimizers, strict=True
+        ):
+            for key, parameter in network.named_parameters():
+                moments = optimizer.state[parameter]
+                if not moments:
+                    moments["step"] = torch.tensor(0.0, dtype=torch.float32)
+                    moments["exp_avg"] = torch.zeros_like(parameter)
+                    moments["exp_avg_sq"] = torch.zeros_like(parameter)
+                state[f"{name}.{key}"] = parameter.data
+                for moment, value in moments.items():
+                    state[f"{name}.{key}.{moment}"] = value
+        for index, mean in enumerate(self.average):
+            state[f"average.{index}"] = mean
+        return state
+
+    def _networks(self) -> tuple[Head, Head]:
+        return self.actor, self.critic
+
+    def _rates(self) -> tuple[float, float]:
+        return self._options.actor_rate, self._options.critic_rate
+
+    def _ascend(
+        self, which: int, objective: Tensor, done: float, iteration: int
+    ) -> None:
+        optimizer = self._optimizers[which]
+        optimizer.param_groups[0]["lr"] = self._rates()[which] * decay(done)
+        optimizer.zero_grad()
+        (-objective).backward()
+        norm = nn.utils.clip_grad_norm_(self._networks()[which].parameters(), 1.0)
+        if not bool(torch.isfinite(norm)):
+            raise TrainingError(
+                f"iteration {iteration}: a gradient is NaN or infinite; lower "
+                "critic_rate and actor_rate, or raise batch"
+            )
+        optimizer.step()

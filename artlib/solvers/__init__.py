@@ -1,0 +1,18 @@
+"""Solvers: how one step is taken, on a grid, on a clock, or with noise; eq. (3)."""
+
+from .clocked import Clock
+from .sample import GridLike, nfe, sample
+from .solver import SOLVERS, Solver, Step
+from .stochastic import gaussian_stochastic_std, sample_stochastic
+
+__all__ = [
+    "SOLVERS",
+    "Clock",
+    "GridLike",
+    "Solver",
+    "Step",
+    "gaussian_stochastic_std",
+    "nfe",
+    "sample",
+    "sample_stochastic",
+]
