@@ -32,7 +32,7 @@ from .flow.flow import ProbabilityFlow
 from .flow.processes import Process, as_time, check_process
 from .schedules.constructors import edm, kl_optimal, log_snr
 from .solvers.integrate import integrate
-from .solvers.solver import Step, solver_of
+from .solvers.solver import SolverLike, Step, solver_of
 
 _STARTS = 6
 _ROUND_OFF = 1e-10
@@ -55,7 +55,7 @@ def _flow(process: Process, lam: Tensor) -> ProbabilityFlow:
 
 
 def _nodes(
-    process: Process, grid: Tensor | Sequence[float] | np.ndarray, solver: str | Step
+    process: Process, grid: Tensor | Sequence[float] | np.ndarray, solver: SolverLike
 ) -> Tensor:
     """A checked grid; a float64 tensor that carries a graph keeps it."""
     check_process(process)
@@ -76,7 +76,7 @@ def gaussian_output_std(
     variances: Tensor | Sequence[float],
     grid: Tensor | Sequence[float] | np.ndarray,
     *,
-    solver: str | Step = "euler",
+    solver: SolverLike = "euler",
 ) -> Tensor:
     r"""Exact standard deviations :math:`|m_j| s_{T,j}` of a sampler's output.
 
@@ -104,7 +104,7 @@ def gaussian_output_std(
 
 
 def _output_std(
-    process: Process, lam: Tensor, nodes: Tensor, solver: str | Step
+    process: Process, lam: Tensor, nodes: Tensor, solver: SolverLike
 ) -> Tensor:
     """`gaussian_output_std` of checked arguments."""
     with torch.set_grad_enabled(nodes.requires_grad):
@@ -136,7 +136,7 @@ def gaussian_w2(
     variances: Tensor | Sequence[float],
     grid: Tensor | Sequence[float] | np.ndarray,
     *,
-    solver: str | Step = "euler",
+    solver: SolverLike = "euler",
 ) -> Tensor:
     r"""Exact W2 between a sampler's output and its data :math:`N(0, C)`.
 
@@ -168,7 +168,7 @@ def oracle_grid(
     variances: Tensor | Sequence[float],
     K: int,
     *,
-    solver: str | Step = "euler",
+    solver: SolverLike = "euler",
     seed: int = 0,
 ) -> Tensor:
     r"""The K-step grid with the least exact W2 on :math:`N(0, C)`.

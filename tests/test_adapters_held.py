@@ -119,6 +119,26 @@ def test_dpm_multistep_is_our_2m(name: str, options: dict[str, Any], K: int) -> 
     assert float((run(scheduler, z) - ours).norm() / ours.norm()) < rtol
 
 
+@pytest.mark.parametrize("K", [2, 3, 6, 24])
+@pytest.mark.parametrize(
+    ("name", "order", "solver"),
+    [
+        ("UniPCMultistepScheduler", 2, "unipc"),
+        ("UniPCMultistepScheduler", 3, "unipc3"),
+        ("DPMSolverMultistepScheduler", 3, "dpmpp_3m"),
+    ],
+)
+def test_multistep_solvers_are_ours(name: str, order: int, solver: str, K: int) -> None:
+    scheduler = getattr(diffusers, name)(**BETAS, solver_order=order)
+    process = adapter.scheduler_process(scheduler)
+    schedule = artlib.kl_optimal(process)
+    schedule.to_diffusers(scheduler, K)
+    z = prior(process, 32)
+    ours = artlib.sample(flow_of(process), z, schedule.grid(K), solver=solver)
+    # diffusers computes in float32.
+    assert float((run(scheduler, z) - ours).norm() / ours.norm()) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("name", "options", "solver"),
     [

@@ -13,7 +13,7 @@ under another: what changes is the scale of the state, not the place of the step
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from ..flow.processes import Process, RectifiedFlow
 Coordinate: TypeAlias = Literal["level", "flow"]
 
 
+@runtime_checkable
 class ScheduleLike(Protocol):
     """What can be exported: `artlib.Schedule`, and whatever gives grids as it does."""
 
@@ -57,8 +58,8 @@ def noise_levels(schedule: ScheduleLike, K: int, coordinate: Coordinate) -> Tens
         ExportError: If the first noise level is infinite, or two nodes are one in
             float32, which samplers count in.
     """
-    known = isinstance(getattr(schedule, "process", None), Process)
-    if not known or not callable(getattr(schedule, "grid", None)):
+    known = isinstance(schedule, ScheduleLike)
+    if not known or not isinstance(schedule.process, Process):
         raise TypeError(
             f"schedule: expected an artlib.Schedule, got {type(schedule).__name__}; "
             "artlib.from_grid(process, nodes) makes one of a list"

@@ -35,7 +35,7 @@ from ..flow.processes import Process
 from ..metrics.distances import terminal_error
 from ..schedules.constructors import Schedule, edm, kl_optimal, log_snr, uniform
 from ..solvers.sample import sample
-from ..solvers.solver import Step, solver_of
+from ..solvers.solver import SolverLike, solver_of
 from .bootstrap import Interval
 from .file import ComparisonFile, Origin, probe_grid
 from .quality import nfe_ratio, nfe_to_quality
@@ -58,7 +58,7 @@ __all__ = [
 Measure = Callable[[Tensor], Mapping[str, float]]
 """Samples [N, *shape] -> named numbers, for example distances in features."""
 
-Budgets = Mapping[str | Step, Sequence[int]]
+Budgets = Mapping[SolverLike, Sequence[int]]
 """Solver, as in `artlib.sample`, -> numbers of steps K."""
 
 
@@ -251,9 +251,9 @@ def _checked(noises: Any, name: str = "noises") -> list[Tensor]:
 
 def _by_name(
     budgets: Budgets, file: str | os.PathLike[str] | None
-) -> dict[str, str | Step]:
+) -> dict[str, SolverLike]:
     """The solvers by the names that their rows have in the table."""
-    named: dict[str, str | Step] = {}
+    named: dict[str, SolverLike] = {}
     for solver in budgets:
         name = solver_of(solver, adaptive=True).name
         if name in named:

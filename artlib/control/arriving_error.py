@@ -32,7 +32,7 @@ from ..flow.noise_coordinate import log_level
 from ..flow.reference_path import Trajectory
 from ..flow.rows import in_batches
 from ..solvers.integrate import integrate
-from ..solvers.solver import Step
+from ..solvers.solver import SolverLike
 from .solver_error import SolverErrors, at_times, below, measure, step_of
 from .stiffness import StiffnessTable
 
@@ -58,7 +58,7 @@ def measure_errors(
     x_T: Tensor,
     times: Tensor,
     *,
-    solver: str | Step,
+    solver: SolverLike,
     order: int | None,
     weight: Weight,
     method: str,
@@ -179,7 +179,7 @@ def _dual_gains(
 
 
 def _arriving(
-    flow: ProbabilityFlow, path: Trajectory, nodes: Tensor, solver: str | Step
+    flow: ProbabilityFlow, path: Trajectory, nodes: Tensor, solver: SolverLike
 ) -> Tensor:
     """Error at t_min of a run of the solver on a schedule."""
     nodes = nodes.to(path.states.device)

@@ -34,7 +34,7 @@ from ..flow.flow import ProbabilityFlow, check_flow
 from ..flow.noise_coordinate import table_times
 from ..flow.rows import in_batches
 from ..schedules.constructors import Schedule
-from ..solvers.solver import Step
+from ..solvers.solver import SolverLike
 from .arriving_error import Weight, check_weight, measure_errors
 from .stiffness import Average, ClockKind, StiffnessTable, check_process
 
@@ -143,7 +143,7 @@ def art(
     x_T: Tensor,
     *,
     average: Average = "open_loop",
-    solver: str | Step | None = None,
+    solver: SolverLike | None = None,
     order: int | None = None,
     weight: Weight = "local",
     points: int = 64,
@@ -223,7 +223,7 @@ def error_table(
     flow: ProbabilityFlow,
     x_T: Tensor,
     *,
-    solver: str | Step = "euler",
+    solver: SolverLike = "euler",
     order: int | None = None,
     weight: Weight = "local",
     points: int = 64,

@@ -41,7 +41,7 @@ from ..flow.processes import Process
 from ..flow.rows import in_batches
 from ..schedules.constructors import Schedule, from_grid
 from ..solvers.integrate import integrate
-from ..solvers.solver import Step, solver_of
+from ..solvers.solver import SolverLike, solver_of
 from .stiffness import check_process
 
 __all__ = ["refine"]
@@ -64,7 +64,7 @@ def refine(
     x_T: Tensor,
     K: int,
     *,
-    solver: str | Step = "euler",
+    solver: SolverLike = "euler",
     iterations: int = 100,
     reference: Tensor | None = None,
     held_out: float = 0.25,
@@ -188,7 +188,7 @@ class _Problem:
     """A solver's error on grids, from the same noise as the reference."""
 
     flow: ProbabilityFlow
-    solver: str | Step
+    solver: SolverLike
     moving: _Noise  # what moves the nodes
     judging: _Noise  # and what is held out
     counter: CountNFE
@@ -306,7 +306,7 @@ def _problem(
     flow: ProbabilityFlow,
     x_T: Tensor,
     K: int,
-    solver: str | Step,
+    solver: SolverLike,
     reference: Tensor | None,
     held_out: float,
     batch: int | None,

@@ -13,35 +13,36 @@ for steps of a few per cent of the noise level, which networks in float32 resolv
 is below the rounding of the network is not taken for an error: such values are replaced
 by the nearest that is resolved.
 
-DPM-Solver++(2M) also uses the step before. Its history is taken from the reference path
-itself, at the ratio 1 of the two steps (in log-SNR): that is where the ratio goes on
-any smooth schedule as K grows. All of this is ours.
+A multistep solver also uses the steps before. Its history is taken from the reference
+path itself, at equal steps in log-SNR: there the ratio of steps goes on any smooth
+schedule as K grows. What a solver corrects at its next evaluation is measured after
+that. All of this is ours.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
-from .._common.checks import positive_int, require_finite
+from .._common.checks import got, positive_int, require_finite
 from .._common.precision import full_precision
 from ..flow.flow import ProbabilityFlow
 from ..flow.noise_coordinate import log_level, log_level_dot
 from ..flow.reference_path import Trajectory
 from ..solvers.integrate import integrate
-from ..solvers.solver import Step, solver_of, take_step
+from ..solvers.position import Evaluated, Node, Position, nodes_of
+from ..solvers.solver import Solver, SolverLike, Step, solver_of, take_step
 
 LEAST_STEP = 0.02
 LARGEST_STEP = 0.05
 """Bounds on the length of the measured step in log noise level; the upper one counts
 per order, for errors of high order vanish in the rounding of short steps."""
-
-_MULTISTEP = "dpmpp_2m"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class SolverErrors:
         return torch.stack(rows)
 
 
-def step_of(solver: str | Step, order: int | None) -> tuple[Step, int | None]:
+def step_of(solver: SolverLike, order: int | None) -> tuple[Step, int | None]:
     """A solver as a step, and its order, None where it has to be measured.
 
     Args:
@@ -103,14 +104,14 @@ def step_of(solver: str | Step, order: int | None) -> tuple[Step, int | None]:
         )
 
     def step(flow: ProbabilityFlow, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return integrate(flow, x, torch.stack([t, s]), kind.name)
+        return integrate(flow, x, torch.stack([t, s]), kind)
 
     return step, kind.order
 
 
 @full_precision()
 def measure(
-    flow: ProbabilityFlow, path: Trajectory, solver: str | Step, order: int | None
+    flow: ProbabilityFlow, path: Trajectory, solver: SolverLike, order: int | None
 ) -> SolverErrors:
     r""":math:`Q_p` of a solver along reference paths.
 
@@ -130,7 +131,7 @@ def measure(
             is not finite, or the order cannot be measured.
     """
     step, known = step_of(solver, order)
-    two_step = solver == _MULTISTEP
+    kind = solver_of(solver)
     eps = torch.finfo(flow.dtype or torch.float64).eps
     with torch.no_grad():
         if known is None:
@@ -141,10 +142,13 @@ def measure(
         middles, ones, twos, lengths = [], [], [], []
         for k in range(len(path.times) - 1):
             start = path.times[k]
-            size = min(wanted, _gap(flow, path.times[k : k + 2]))
+            span = wanted * max(1, (kind.history + 1) / 2)
+            size = min(span, _gap(flow, path.times[k : k + 2]))
             x = path.states[k]
-            if two_step:
-                t, mid, end, pair = _two_step_pair(flow, x, start, size)
+            if kind.history:
+                # Extrapolation errs as if D'' were taken about the start of the step.
+                t, end, pair = _multistep_pair(flow, kind, x, start, size)
+                mid = t
             else:
                 t, mid, end = start, *below(flow, start, (size / 2, size))
                 pair = _one_step_pair(flow, step, x, t, mid, end)
@@ -228,51 +232,74 @@ def _one_step_pair(
     return one, _step(step, flow, half, mid, end)
 
 
-def _two_step_pair(
-    flow: ProbabilityFlow, x: Tensor, start: Tensor, size: float
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """The same for DPM-Solver++(2M), its history being on the reference path.
+def _multistep_pair(
+    flow: ProbabilityFlow, kind: Solver, x: Tensor, start: Tensor, size: float
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """The same for a multistep solver, its history being on the reference path.
 
-    Four stations at even distances in log-SNR: the step goes from the third to the
-    fifth, and the first gives its history; that of its first half is the second.
+    Stations at even distances in log-SNR, two to a step. With a history of H the step
+    goes from station 2H to 2H + 2, with H earlier evaluations two stations apart; its
+    halves have them one station apart.
+
+    Returns:
+        Start and end of the step, and its states there at once and by halves.
     """
-    process = flow.process
+    process, history = flow.process, kind.history
     low = below(flow, start, (size,))[0]
     ends = process.log_snr(torch.stack([start, low]))
-    if not bool(torch.isfinite(ends).all()):  # RectifiedFlow at t = 1: no signal yet
+    signal = bool(torch.isfinite(ends).all())
+    if not signal:  # RectifiedFlow at t = 1: no signal yet
         start_snr = process.log_snr(below(flow, start, (size / 2,))[0])
         ends = torch.stack([2 * start_snr - ends[1], ends[1]])
+    count = 2 * history + 3
     stations = [
         process.inverse_log_snr(torch.lerp(ends[0], ends[1], w)).to(start)
-        for w in (0.0, 0.25, 0.5, 0.75, 1.0)
+        for w in torch.linspace(0, 1, count, dtype=torch.float64, device="cpu")
     ]
     stations[-1] = low
-    if bool(torch.isfinite(process.log_snr(start))):
+    if signal:
         stations[0] = start
     else:
         x = integrate(flow, x, torch.stack([start, stations[0]]), "rk4")
-    first = x
-    second = integrate(flow, first, torch.stack(stations[:2]), "rk4")
-    third = integrate(flow, second, torch.stack(stations[1:3]), "rk4")
-    oldest, old, now = (
-        flow.denoise(state, t)
-        for state, t in zip((first, second, third), stations[:3], strict=True)
-    )
+    nodes, seen = nodes_of(process, stations), []
+    for k, t in enumerate(stations[: count - 2]):
+        if k:
+            x = integrate(flow, x, torch.stack([stations[k - 1], t]), "rk4")
+        seen.append(Evaluated(nodes[k], x, flow.denoise(x, t)))
+    seen.reverse()  # the newest first: the start of the step
 
-    def advance(state: Tensor, k: int, j: int, d: Tensor, before: Tensor) -> Tensor:
-        times = torch.stack([stations[k], stations[j]])
-        alpha, sigma = process.alpha(times), process.sigma(times)
-        shrink = sigma[1] / sigma[0]
-        # The two steps are equal in log-SNR, so the slope enters with weight 1/2.
-        return shrink * state + (alpha[1] - alpha[0] * shrink) * (
-            1.5 * d - 0.5 * before
+    def run(walk: list[Node], past: list[Evaluated]) -> Tensor:
+        here, made = past[0], past[1:]
+        state, drift = here.x, torch.zeros_like(here.x)
+        for k, (now, then) in enumerate(pairwise(walk)):
+            position = Position(flow, state, now, then, past=tuple(made[:history]))
+            after = _advance(kind, position)
+            if not k:  # a correction at the start is the error of the step before
+                drift = position.x - here.x
+            made = [position.remembered(), *made]
+            state = after
+        if kind.corrects:
+            (beyond,) = nodes_of(process, [walk[-1].t * 0.9])
+            last = Position(flow, state, walk[-1], beyond, past=tuple(made[:history]))
+            _advance(kind, last)
+            state = last.x
+        return state - drift
+
+    one = run([nodes[-3], nodes[-1]], [seen[0], *seen[2::2]])
+    two = run(nodes[-3:], seen[: history + 1])
+    return stations[-3], stations[-1], (one, two)
+
+
+def _advance(kind: Solver, position: Position) -> Tensor:
+    assert kind.advance is not None
+    y = kind.advance(position)
+    if not isinstance(y, Tensor) or y.shape != position.x.shape:
+        raise ValueError(
+            f"solver: a step of {kind.name} has to return states of the shape "
+            f"{tuple(position.x.shape)} of its own, got {got(y)}"
         )
-
-    one = advance(third, 2, 4, now, oldest)
-    half = advance(third, 2, 3, now, old)
-    two = advance(half, 3, 4, flow.denoise(half, stations[3]), now)
-    # Extrapolation errs as if D'' were taken about the start of the step.
-    return stations[2], stations[2], stations[4], (one, two)
+    require_finite(y, "solver", "its step has to be finite between t_max and t_min")
+    return y
 
 
 def _step(step: Step, flow: ProbabilityFlow, x: Tensor, t: Tensor, s: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from .._common.checks import check_samples, positive_int
 from .._common.precision import holds_double
 from ..flow.flow import ProbabilityFlow
 from .integrate import StepCallback
-from .solver import Step, solver_of, take_step
+from .solver import SolverLike, solver_of, take_step
 
 
 class Clock(ABC):
@@ -51,7 +51,7 @@ def integrate_with(
     flow: ProbabilityFlow,
     x: Tensor,
     clock: Clock,
-    solver: str | Step,
+    solver: SolverLike,
     callback: StepCallback | None,
 ) -> Tensor:
     """`artlib.sample` with a clock: per-sample times in one batch.

@@ -1,23 +1,9 @@
-r"""How the solvers take their steps: the loops behind `artlib.sample`.
+r"""How the solvers take their steps: the loop behind `artlib.sample`.
 
-Euler, Heun and RK4 step through the given grid, dopri5 is torchdiffeq's, and
-DPM-Solver++(2M) is written out here. Grids stay on the CPU, whatever the state's
-device: a 0-d tensor there is a scalar to every device, and nothing waits for it.
-
-**DPM-Solver++(2M).** With :math:`\lambda = \log(\alpha/\sigma)`, half the log-SNR, the
-ODE is linear in x and driven by D alone. A step from s to t with D frozen,
-:math:`h = \lambda_t - \lambda_s`, is
-
-.. math::
-    x_t = \frac{\sigma_t}{\sigma_s} x_s - \alpha_t (e^{-h} - 1) \bar D
-        = \frac{\sigma_t}{\sigma_s} x_s
-        + \Bigl(\alpha_t - \alpha_s \frac{\sigma_t}{\sigma_s}\Bigr) \bar D .
-
-The second form holds where :math:`\alpha_s = 0` or :math:`\sigma_t = 0` too. The first
-step uses :math:`\bar D = D_s`, the others extrapolate in :math:`\lambda` through the
-step before, :math:`\bar D = D_s + \frac{h}{2 h_{prev}} (D_s - D_{prev})`. Started where
-there is no signal at all (`RectifiedFlow` at t = 1) the error is
-:math:`K^{-2} \log K`, because the first steps stay long in :math:`\lambda`.
+Every solver that takes a grid steps through it here, a `Solver` by its own step and a
+callable by its own; dopri5 is torchdiffeq's. Grids stay on the CPU, whatever the
+state's device: a 0-d tensor there is a scalar to every device, and nothing waits for
+it.
 """
 
 from __future__ import annotations
@@ -31,50 +17,82 @@ from torch import Tensor
 
 from .._common.adaptive import MAX_TRIALS, Guarded, dopri5, not_finite
 from .._common.precision import as_double, full_precision, holds_double
-from .._common.runge_kutta import STEPS
 from ..flow.flow import ProbabilityFlow
-from .solver import Solver, Step, solver_of, take_step
+from . import multistep
+from .position import Evaluated, Position, nodes_of
+from .solver import Solver, SolverLike, solver_of, take_step
 
 StepCallback: TypeAlias = Callable[[int, float, Tensor], object]
 """Called as ``callback(step, t, x)``; what it returns is ignored."""
-
-
-_MAX_TRIALS = MAX_TRIALS
 
 
 def integrate(
     flow: ProbabilityFlow,
     x: Tensor,
     nodes: Tensor,
-    solver: str | Step,
+    solver: SolverLike,
     callback: StepCallback | None = None,
+    *,
+    told: Tensor | None = None,
 ) -> Tensor:
     """`artlib.sample` on a grid without its checks and without its ``no_grad``.
 
-    Differentiable in the state, in the network and in ``nodes``, for what optimises
-    a grid through the solver. The graph then holds all K steps.
+    Differentiable in the state, in the network, in ``nodes`` and in ``told``, for what
+    optimises a grid through the solver. The graph then holds all K steps.
 
     Args:
         flow: The ODE.
         x: States at the first node, float32 or float64.
         nodes: float64 [K + 1], strictly descending, on any device.
-        solver: A key of `SOLVERS` that is not adaptive, or a step of one's own.
-        callback: As in `artlib.sample`.
+        solver: One that is not adaptive, as in `artlib.sample`.
+        callback: As there.
+        told: Process times [K] whose noise levels the network is told at the nodes;
+            by default the nodes themselves.
 
     Returns:
         States at the last node.
+
+    Raises:
+        ValueError: If a solver is told levels that makes several evaluations a step,
+            and as in `artlib.sample`.
     """
     kind = solver_of(solver)
+    if told is not None and not kind.tellable:
+        raise ValueError(
+            f"told: {kind.name} cannot be told levels, for it makes several "
+            "evaluations a step or one's own; use euler or a multistep solver"
+        )
     run = _Run(flow, nodes, x, callback)
-    if kind.step is not None:
-        x = _own_steps(run, x, kind.step)
-    elif kind.method:
-        x = _one_step_methods(run, x, kind)
-    else:
-        x = _multistep(run, x)
+    nodes_here = nodes_of(flow.process, run.nodes)
+    levels = [None] * run.steps if told is None else told.cpu().unbind()
+    past: tuple[Evaluated, ...] = ()
+    for k, (now, after) in enumerate(pairwise(nodes_here)):
+        run.visit(x)
+        left = run.steps - k
+        rest = (levels[k], left, run.ends_at_zero, run.steps, past)
+        position = Position(flow, x, now, after, *rest)
+        x = _advanced(kind, position, to_zero=run.ends_at_zero and left == 1)
+        if kind.history and now.alpha.item() != 0:
+            past = (position.remembered(), *past)[: kind.history]
     run.visit(x)
     run.require_finite()
     return x
+
+
+def _advanced(kind: Solver, position: Position, *, to_zero: bool) -> Tensor:
+    """One step: the solver's own, but to 0 of first order."""
+    if to_zero:
+        if kind.data_form:
+            return multistep.ddim(position)
+        velocity = position.flow.velocity_from(
+            position.denoised, position.x, position.t
+        )
+        return position.x + (position.s - position.t) * velocity
+    if kind.step is not None:
+        flow, x, t, s = position.flow, position.x, position.t, position.s
+        return take_step(kind.step, flow, x, t, s)
+    assert kind.advance is not None
+    return kind.advance(position)
 
 
 class _Run:
@@ -119,59 +137,6 @@ class _Run:
         raise not_finite(f"at step {k} of {self.steps}, from t = {start:.6g}")
 
 
-def _one_step_methods(run: _Run, x: Tensor, kind: Solver) -> Tensor:
-    """Euler, Heun and RK4, then the Euler step to 0."""
-    times = run.nodes.unbind()
-    for t, s in pairwise(times[:-1] if run.ends_at_zero else times):
-        run.visit(x)
-        x = STEPS[kind.method](run.flow.velocity, x, t, s)
-    return _to_zero(run, x)
-
-
-def _own_steps(run: _Run, x: Tensor, step: Step) -> Tensor:
-    """A callable from node to node, then the Euler step to 0."""
-    times = run.nodes.unbind()
-    for t, s in pairwise(times[:-1] if run.ends_at_zero else times):
-        run.visit(x)
-        x = take_step(step, run.flow, x, t, s)
-    return _to_zero(run, x)
-
-
-def _to_zero(run: _Run, x: Tensor) -> Tensor:
-    """The Euler step to 0, if that is where the grid ends."""
-    times = run.nodes.unbind()
-    if run.ends_at_zero:
-        run.visit(x)
-        x = STEPS["euler"](run.flow.velocity, x, *times[-2:])
-    return x
-
-
-def _multistep(run: _Run, x: Tensor) -> Tensor:
-    """DPM-Solver++(2M); see the module's docstring."""
-    nodes = run.nodes
-    process = run.flow.process
-    alpha, sigma = process.alpha(nodes), process.sigma(nodes)
-    shrink = sigma[1:] / sigma[:-1]
-    gain = alpha[1:] - alpha[:-1] * shrink
-    # h / (2 h_prev) is wanted between steps of finite length in lambda only: the step
-    # to sigma = 0 and the one after alpha = 0 are first-order by nature.
-    first = 1 if alpha[0].item() == 0 else 0
-    last = run.steps - 1 if run.ends_at_zero else run.steps
-    lengths = torch.diff(process.log_snr(nodes[first : last + 1]))
-    ratio = (lengths[1:] / (2 * lengths[:-1])).unbind()
-    times = nodes.unbind()
-    previous: Tensor | None = None
-    for k, (a, b) in enumerate(zip(shrink.unbind(), gain.unbind(), strict=True)):
-        run.visit(x)
-        denoised = run.flow.denoise(x, times[k])
-        drive = denoised
-        if previous is not None and first < k < last:
-            drive = denoised + ratio[k - 1 - first] * (denoised - previous)
-        x = a * x + b * drive
-        previous = denoised
-    return x
-
-
 @full_precision()
 def integrate_adaptive(
     flow: ProbabilityFlow,
@@ -193,7 +158,7 @@ def integrate_adaptive(
         accepted += 1
 
     velocity = Guarded(lambda t, x: flow.velocity(x, t), float, visit)
-    x = dopri5(velocity, x, times, rtol=rtol, atol=atol, trials=_MAX_TRIALS)[-1]
+    x = dopri5(velocity, x, times, rtol=rtol, atol=atol, trials=MAX_TRIALS)[-1]
     visit(float(nodes[1]), x)
     x = x - times[-1] * velocity(times[-1], x)
     visit(0.0, x)

@@ -36,7 +36,7 @@ from ..flow.processes import VE
 from ..flow.rows import in_batches
 from ..solvers.clocked import Clock, integrate_with
 from .integrate import StepCallback, integrate, integrate_adaptive
-from .solver import SOLVERS, Solver, Step, solver_of
+from .solver import SOLVERS, Solver, SolverLike, Step, solver_of
 
 __all__ = ["SOLVERS", "GridLike", "Solver", "Step", "StepCallback", "nfe", "sample"]
 
@@ -50,7 +50,7 @@ def sample(
     grid: GridLike | None = None,
     *,
     clock: Clock | None = None,
-    solver: str | Step = "euler",
+    solver: SolverLike = "euler",
     rtol: float = 1e-6,
     atol: float = 1e-6,
     callback: StepCallback | None = None,
@@ -159,7 +159,7 @@ def sample(
         return integrate(flow, x_T, nodes, solver, callback)
 
 
-def nfe(grid: GridLike, *, solver: str | Step = "euler") -> int:
+def nfe(grid: GridLike, *, solver: SolverLike = "euler") -> int:
     """Network evaluations that a solver makes on a grid.
 
     With K steps and s evaluations per step: K s, less s - 1 where the last node is 0,
