@@ -35,11 +35,11 @@ VE_MIXTURE = mixture_1d(PROCESSES[0])
 # The problems themselves.
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=repr)
 STAGES = {"heun": (0.0, 1.0), "rk4": (0.0, 1 / 3, 2 / 3, 1.0)}
 """Where in a step they evaluate, as fractions of it."""
 
 
+@pytest.mark.parametrize("problem", PROBLEMS, ids=repr)
 def test_exact_answers_solve_their_ode(problem: Problem) -> None:
     # A five-point derivative of the exact map along time is the velocity there.
     start, flow = problem.process.t_max, problem.flow()
