@@ -36,6 +36,7 @@ from .control import (
     lower_bound,
     refine,
     stiffness_table,
+    tell,
     value_of_information,
 )
 from .exact import gaussian_output_std, gaussian_w2, oracle_grid
@@ -70,6 +71,7 @@ from .metrics import (
 )
 from .rl import ActorClock, ActorCritic, TrainingRecord
 from .schedules import (
+    Plan,
     Schedule,
     beta,
     convert,
@@ -83,11 +85,13 @@ from .schedules import (
 )
 from .solvers import (
     Clock,
+    Solver,
     gaussian_stochastic_std,
     nfe,
     sample,
     sample_stochastic,
 )
+from .tuning import tune, tuning_report
 
 _LAZY = ("adapters", "book", "plotting", "rivals", "zoo")
 
@@ -114,12 +118,14 @@ __all__ = [
     "Gaussian",
     "GaussianMixture",
     "Interval",
+    "Plan",
     "PredictedClock",
     "ProbabilityFlow",
     "Process",
     "RectifiedFlow",
     "Schedule",
     "ScheduleFormatError",
+    "Solver",
     "StiffnessTable",
     "TrainingRecord",
     "Trajectory",
@@ -160,7 +166,10 @@ __all__ = [
     "sample_stochastic",
     "sliced_wasserstein2",
     "stiffness_table",
+    "tell",
     "terminal_error",
+    "tune",
+    "tuning_report",
     "uniform",
     "value_of_information",
     "wasserstein2",

@@ -23,7 +23,7 @@ ORDER = [
     {"flow", "metrics"},
     {"solvers", "schedules"},
     {"control"},
-    {"rl", "clocks", "comparison", "exact", "rivals", "parallel"},
+    {"rl", "clocks", "comparison", "exact", "rivals", "parallel", "tuning"},
     {"plotting", "adapters", "zoo"},
     {"book", "cli"},
 ]

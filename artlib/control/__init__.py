@@ -6,6 +6,7 @@ Equations (7), (9) and (10) of https://arxiv.org/abs/2607.02137.
 from .closed_form import art, cost, error_table, lower_bound, stiffness_table
 from .few_steps import refine
 from .stiffness import StiffnessTable, feedback_grids, value_of_information
+from .told import tell, told_levels
 
 __all__ = [
     "StiffnessTable",
@@ -16,5 +17,7 @@ __all__ = [
     "lower_bound",
     "refine",
     "stiffness_table",
+    "tell",
+    "told_levels",
     "value_of_information",
 ]

@@ -1,30 +1,39 @@
-r"""Few steps: the K nodes of a grid moved to where the sampler's own error is least.
+r"""Few steps: nodes and told levels moved to where the sampler's own error is least.
 
 A density is optimal as K grows. At a handful of steps the error is that of the K steps
-themselves, and K - 1 inner nodes are few enough to be moved one by one: from the same
-noise, against a fine reference,
+themselves, and K - 1 inner nodes are few enough to be moved one by one, and with them
+the K levels that the network is told (`artlib.tell`): from the same noise, against a
+fine reference,
 
-.. math:: \min_{t_1 > \dots > t_{K-1}}\; E\,\lVert x_0(t_1, \dots, t_{K-1})
-          - x_0^{ref} \rVert^2 ,
+.. math:: \min\; E\,e \cdot \sqrt{E\,e^2}, \qquad
+          e = \lVert x_0(t_1, \dots, t_{K-1}; s_0, \dots, s_{K-1}) - x_0^{ref} \rVert ,
 
 by BFGS on the logarithm of the error, with the gradient through the solver. The nodes
 split the range of log time into K gaps, each a least gap plus a softmax share of the
-rest, so they keep their order and their distance, and stay above t_min. A network that
-passes no gradient, or a wrong one (part of it runs under ``torch.no_grad``), is noticed
-at the start; then differences take the gradient's place.
+rest, so they keep their order and their distance, and stay above t_min. The levels told
+stay within a factor of two of the nodes'. A network that passes no gradient, or a wrong
+one (part of it runs under ``torch.no_grad``), is noticed at the start; then differences
+take the gradient's place.
 
-One part of the noise moves the nodes, another, **held out**, decides when to stop and
-which grid is returned, so the result is never worse there than its start. On Gaussian
-data the objective is :math:`W_2^2` itself, and the limit is `artlib.oracle_grid`. All
-of this is ours.
+**What is minimised.** The mean square alone is :math:`W_2^2` on Gaussian data, where
+the limit is `artlib.oracle_grid`; but on images a few noises carry most of it, and with
+dozens of them it is their luck that is learned. The mean of the norms alone lets those
+few go. Their product weighs both (measured on mixtures: with the mean of the norms the
+rms on fresh noise may rise by half while the median falls).
+
+**What is returned.** One part of the noise moves the nodes. Another, **held out**,
+decides which grid is returned: one whose rms *and* median there are no worse than the
+start's, and whose mean is least. If there is none, the start comes back, with a warning
+that says so. All of this is ours.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import torch
@@ -32,55 +41,104 @@ from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 from tqdm import tqdm
 
-from .._common.checks import check_samples, finite_float, positive_int
+from .._common.checks import finite_float, got, positive_int
 from .._common.precision import full_precision
-from ..flow.denoisers import CountNFE
 from ..flow.flow import ProbabilityFlow, check_flow
-from ..flow.noise_coordinate import table_times
 from ..flow.processes import Process
-from ..flow.rows import in_batches
 from ..schedules.constructors import Schedule, from_grid
-from ..solvers.integrate import integrate
+from ..schedules.plan import Plan
 from ..solvers.solver import SolverLike, solver_of
+from .matched import Noise, Size, check_reference, halves, matched_noise
 from .stiffness import check_process
+from .told import calibrated_levels
 
-__all__ = ["refine"]
+__all__ = ["Objective", "refine"]
+
+Objective = Literal["balanced", "mean norm", "mean square"]
 
 LEAST_GAP = 1e-3
 """Least distance of neighbouring nodes in log time, as far as the range has room."""
 
-PATIENCE = 8
+PATIENCE = 10
 """Iterations without a gain on the held-out noise after which the search stops."""
 
-_REFERENCE_POINTS = 96
-_STEP = 1e-3  # of differences, in the logits: float32 networks resolve it
+_STEP = 1e-3  # of differences, in the parameters: float32 networks resolve it
 _HOPELESS = 100.0  # log error of a grid on which the run is not finite
+_FACTOR = math.log(2)  # of the levels told to the nodes', at most
 
 
-@full_precision()
+@overload
 def refine(
-    schedule: Schedule,
+    schedule: Schedule | Sequence[Schedule],
+    flow: ProbabilityFlow,
+    x_T: Tensor,
+    K: int,
+    *,
+    solver: SolverLike = ...,
+    told: Literal[False] = ...,
+    objective: Objective = ...,
+    iterations: int = ...,
+    evaluations: int | None = ...,
+    reference: Tensor | None = ...,
+    held_out: float = ...,
+    batch: int | None = ...,
+    progress: bool = ...,
+) -> Schedule: ...
+
+
+@overload
+def refine(
+    schedule: Schedule | Sequence[Schedule],
+    flow: ProbabilityFlow,
+    x_T: Tensor,
+    K: int,
+    *,
+    solver: SolverLike = ...,
+    told: Literal[True],
+    objective: Objective = ...,
+    iterations: int = ...,
+    evaluations: int | None = ...,
+    reference: Tensor | None = ...,
+    held_out: float = ...,
+    batch: int | None = ...,
+    progress: bool = ...,
+) -> Plan: ...
+
+
+def refine(
+    schedule: Schedule | Sequence[Schedule],
     flow: ProbabilityFlow,
     x_T: Tensor,
     K: int,
     *,
     solver: SolverLike = "euler",
+    told: bool = False,
+    objective: Objective = "balanced",
     iterations: int = 100,
+    evaluations: int | None = None,
     reference: Tensor | None = None,
-    held_out: float = 0.25,
+    held_out: float = 1 / 3,
     batch: int | None = None,
     progress: bool = False,
-) -> Schedule:
+) -> Schedule | Plan:
     r"""The K-step grid of a schedule, its nodes moved for one solver on one flow.
 
     Args:
-        schedule: Where to start; `artlib.art` is a good place.
+        schedule: Where to start; `artlib.art` is a good place. Of several, the one
+            whose grid errs least is taken.
         flow: The flow.
         x_T: States at ``t_max`` [N, *shape], N >= 2; a few dozen will do.
-        K: Number of steps, >= 2; the result is made for this number.
-        solver: ``"euler"``, ``"heun"``, ``"rk4"`` or ``"dpmpp_2m"``, or a step as in
-            `artlib.sample`, differentiable in its states and times.
+        K: Number of steps, >= 2 (>= 1 with ``told``); the result is made for this
+            number.
+        solver: As in `artlib.sample`; differentiable in its states and times.
+        told: Whether to move the levels that the network is told, too. Only with a
+            solver of one evaluation a step; the result is a `Plan` then.
+        objective: ``"mean norm"``, ``"mean square"`` (on Gaussian data, W2 squared), or
+            ``"balanced"``, the mean norm times the root mean square.
         iterations: BFGS iterations at most; it usually stops before thirty.
+        evaluations: Evaluations of the network, those of one batch, after which no
+            further iteration begins (a gradient counts as its forward pass); by
+            default no limit.
         reference: Accurate x_0 of the same ``x_T`` [N, *shape]; by default integrated
             here, by RK4 on 96 times.
         held_out: Share of ``x_T`` that is held out, within (0, 1). A denoiser's
@@ -91,58 +149,115 @@ def refine(
         progress: Whether to show a progress bar (on stderr).
 
     Returns:
-        A `Schedule` whose ``grid(K)`` is the refined nodes; its provenance has the
-        error on the held-out noise, per coordinate, before and after.
+        A `Schedule` whose ``grid(K)`` is the refined nodes, or with ``told`` a `Plan`.
+        Its provenance has the errors on the held-out noise, per coordinate, before and
+        after.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If one is out of its range, ``schedule`` belongs to another process,
-            or its own grid already gives NaN.
+            its own grid already gives NaN, or the solver cannot be told levels.
+
+    Warns:
+        UserWarning: If nothing better than the start was found, or the reference is too
+            coarse to judge by.
     """
-    batch = None if batch is None else positive_int(batch, "batch")
-    problem = _problem(schedule, flow, x_T, K, solver, reference, held_out, batch)
-    iterations = positive_int(iterations, "iterations")
-    start = schedule.grid(K)
-    before = problem.held_out_error(start)
-    if not math.isfinite(before) or not math.isfinite(problem.value(start)):
-        raise ValueError(
-            f"schedule: its own grid of {K} steps gives NaN or infinity with "
-            f"{solver_of(solver).name}; check the denoiser, or start from another "
-            "schedule"
+    with full_precision():
+        problem, start = _problem(
+            schedule, flow, x_T, K, solver, told, objective, reference, held_out, batch
         )
-    best = _Best(start, before)
-    logits = _to_logits(flow.process, _free(schedule, problem, start))
-    objective = problem.objective(logits)
+        best = _search(problem, start, iterations, evaluations, progress)
+    if best.size is best.start:
+        warnings.warn(
+            f"refine: nothing better than the start ({start.name}) was found on the "
+            f"{len(problem.judging.x)} held-out noises, so it is returned; pass more "
+            f"noise than {len(problem.moving.x) + len(problem.judging.x)} states, "
+            "another objective, or another schedule to start from",
+            stacklevel=2,
+        )
+    else:
+        check_reference(problem.judging, best.size.mean)
+    notes = {
+        "solver": solver_of(solver).name,
+        "start": start.provenance,
+        "objective": problem.objective,
+        "error_before": best.start.rms,
+        "error_after": best.size.rms,
+        "median_before": best.start.median,
+        "median_after": best.size.median,
+        "nfe": problem.moving.counter.nfe,
+        "gradient": problem.gradient,
+    }
+    process, name = flow.process, f"{start.name} refined"
+    if not told:
+        notes = {"method": "refined", **notes}
+        return from_grid(process, best.nodes, name=name, provenance=notes)
+    assert best.told is not None
+    name = f"{name}, {solver_of(solver).name}"
+    return Plan.made(
+        process,
+        best.nodes,
+        best.told,
+        solver,
+        name=name,
+        method="refine",
+        provenance=notes,
+    )
+
+
+def _search(
+    problem: _Problem,
+    start: Schedule,
+    iterations: int,
+    evaluations: int | None,
+    progress: bool,
+) -> _Best:
+    """BFGS from a schedule, judged on the held-out noise after each iteration."""
+    iterations = positive_int(iterations, "iterations")
+    limit = (
+        math.inf if evaluations is None else positive_int(evaluations, "evaluations")
+    )
+    nodes = start.grid(problem.steps)
+    levels = nodes[:-1] if problem.told else None
+    before = problem.judging.size(nodes, problem.solver)
+    if not math.isfinite(before.mean) or not math.isfinite(problem.value(nodes, None)):
+        raise ValueError(
+            f"schedule: its own grid of {problem.steps} steps gives NaN or infinity "
+            f"with {solver_of(problem.solver).name}; check the denoiser, or start from "
+            "another schedule"
+        )
+    best = _Best(nodes, levels, before, before)
+    free = _free(start, problem, nodes)
+    if problem.told:
+        levels = calibrated_levels(problem.moving, free, solver_of(problem.solver))
+        best.offer(free, levels, problem.judging.size(free, problem.solver, levels))
+    z = problem.parameters(free, levels)
+    if not len(z):
+        return best
+    objective = problem.with_gradient(z)
     bar = tqdm(total=iterations, desc="refine", unit="it", disable=not progress)
 
     def after_iteration(intermediate_result: OptimizeResult) -> None:
-        nodes = _from_logits(flow.process, torch.from_numpy(intermediate_result.x))
-        best.offer(nodes, problem.held_out_error(nodes))
+        moved, told = problem.unpacked(torch.from_numpy(intermediate_result.x))
+        size = problem.judging.size(moved, problem.solver, told)
+        best.offer(moved, told, size)
         bar.update()
-        if best.waited >= PATIENCE:
+        spent = problem.moving.counter.nfe >= limit
+        if best.waited >= PATIENCE or spent:
             raise StopIteration
 
     options: dict[str, Any] = {"maxiter": iterations, "gtol": 1e-5}
     with bar:
-        minimize(
-            objective,
-            logits.numpy(),
-            jac=True,
-            method="BFGS",
-            callback=after_iteration,
-            options=options,
-        )
-    notes = {
-        "method": "refined",
-        "solver": solver_of(solver).name,
-        "start": schedule.provenance,
-        "error_before": before,
-        "error_after": best.error,
-        "nfe": problem.counter.nfe,
-        "gradient": problem.gradient,
-    }
-    name = f"{schedule.name} refined"
-    return from_grid(flow.process, best.nodes, name=name, provenance=notes)
+        if problem.moving.counter.nfe < limit:
+            minimize(
+                objective,
+                z.numpy(),
+                jac=True,
+                method="BFGS",
+                callback=after_iteration,
+                options=options,
+            )
+    return best
 
 
 def _free(schedule: Schedule, problem: _Problem, start: Tensor) -> Tensor:
@@ -155,93 +270,106 @@ def _free(schedule: Schedule, problem: _Problem, start: Tensor) -> Tensor:
     )
     unpinned = schedule.time(clock)
     unpinned[-1] = 0.0
-    return min((start, unpinned), key=problem.value)
+    return min((start, unpinned), key=lambda nodes: problem.value(nodes, None))
 
 
 @dataclass
 class _Best:
-    """The best grid so far on the held-out noise."""
+    """The best grid so far on the held-out noise, and what it has to beat."""
 
     nodes: Tensor
-    error: float
+    told: Tensor | None
+    size: Size
+    start: Size
     waited: int = 0
 
-    def offer(self, nodes: Tensor, error: float) -> None:
+    def offer(self, nodes: Tensor, told: Tensor | None, size: Size) -> None:
         self.waited += 1
-        if error < self.error:
-            if error < self.error * (1 - 1e-4):
+        if size.no_worse_than(self.start) and size.mean < self.size.mean:
+            if size.mean < self.size.mean * (1 - 1e-4):
                 self.waited = 0
-            self.nodes, self.error = nodes, error
-
-
-@dataclass(frozen=True)
-class _Noise:
-    """Samples, with the flow that has their conditions."""
-
-    flow: ProbabilityFlow
-    x: Tensor
-    reference: Tensor
+            self.nodes, self.told, self.size = nodes.detach(), told, size
+            if told is not None:
+                self.told = told.detach()
 
 
 @dataclass
 class _Problem:
     """A solver's error on grids, from the same noise as the reference."""
 
-    flow: ProbabilityFlow
+    process: Process
     solver: SolverLike
-    moving: _Noise  # what moves the nodes
-    judging: _Noise  # and what is held out
-    counter: CountNFE
-    batch: int | None
+    steps: int
+    told: bool
+    objective: Objective
+    moving: Noise  # what moves the nodes
+    judging: Noise  # and what is held out
     gradient: str = field(default="autograd")
 
-    def parts(self, noise: _Noise) -> Iterator[tuple[float, _Noise]]:
-        """Batches, each with its share of the samples."""
-        tensors = (noise.x, noise.reference)
-        split = in_batches(noise.flow, tensors, self.batch, counter=self.counter)
-        for flow, (x, reference) in split:
-            yield len(x) / len(noise.x), _Noise(flow, x, reference)
+    def parameters(self, nodes: Tensor, told: Tensor | None) -> Tensor:
+        """Numbers without bounds: K - 1 of the nodes, and K of the levels told."""
+        z = _to_logits(self.process, nodes)
+        if told is None:
+            return z
+        level = self.process.noise_level
+        ratio = (level(told) / level(nodes[:-1])).log()
+        ratio = torch.where(torch.isfinite(ratio), ratio, 0.0)
+        return torch.cat([z, torch.atanh((ratio / _FACTOR).clamp(-0.99, 0.99))])
 
-    def run(self, nodes: Tensor, noise: _Noise) -> Tensor:
-        """Mean squared error per coordinate; infinite where the run is."""
-        x, reference = noise.x, noise.reference
-        try:
-            y = integrate(noise.flow, x, nodes, self.solver)
-        except ValueError as error:
-            if "NaN or infinite" not in str(error):
-                raise
-            return torch.tensor(math.inf, dtype=torch.float64, device="cpu")
-        return (y - reference).square().mean()
+    def unpacked(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The nodes and the levels told."""
+        if not self.told:
+            return _from_logits(self.process, z), None
+        cut = self.steps - 1
+        nodes = _from_logits(self.process, z[:cut])
+        start = nodes[:-1]
+        level = self.process.noise_level(start.detach())
+        here = torch.where(torch.isfinite(level), start, start.detach().new_tensor(0.5))
+        moved = self.process.noise_level(here) * torch.exp(
+            _FACTOR * torch.tanh(z[cut:])
+        )
+        told = torch.minimum(self.process.inverse_noise_level(moved), nodes[0])
+        return nodes, torch.where(torch.isfinite(level), told, start)
 
-    def mean_error(self, nodes: Tensor, noise: _Noise) -> float:
-        with torch.no_grad():
-            return sum(s * float(self.run(nodes, n)) for s, n in self.parts(noise))
+    @property
+    def powers(self) -> tuple[float, float]:
+        """Exponents of the mean norm and of the mean square in what is minimised."""
+        exponents = {
+            "mean norm": (1.0, 0.0),
+            "mean square": (0.0, 1.0),
+            "balanced": (1.0, 0.5),
+        }
+        return exponents[self.objective]
 
-    def held_out_error(self, nodes: Tensor) -> float:
-        return math.sqrt(self.mean_error(nodes, self.judging))
-
-    def value(self, nodes: Tensor) -> float:
+    def value(self, nodes: Tensor, told: Tensor | None) -> float:
         """Log of the error that is minimised."""
-        return _log(self.mean_error(nodes, self.moving))
+        size = self.moving.size(nodes, self.solver, told)
+        norm, square = self.powers
+        if not math.isfinite(size.rms):
+            return _HOPELESS
+        return norm * _log(size.mean) + square * _log(size.rms**2)
 
     def by_autograd(self, z: np.ndarray) -> tuple[float, np.ndarray]:
         """The value and its gradient, batch by batch: one graph at a time."""
-        total, slopes = 0.0, []
-        for share, noise in self.parts(self.moving):
+        means, slopes = np.zeros(2), np.zeros((2, len(z)))
+        for noise in self.moving.parts():
+            share = len(noise.x) / len(self.moving.x)
             with torch.enable_grad():
-                logits = torch.tensor(z, requires_grad=True, device="cpu")
-                error = self.run(_from_logits(self.flow.process, logits), noise)
-                size = float(error.detach())
-                total += share * size
-                if _log(size) >= _HOPELESS:
+                at = torch.tensor(z, requires_grad=True, device="cpu")
+                nodes, told = self.unpacked(at)
+                squares = noise.squares(nodes, self.solver, told)
+                both = torch.stack([(squares + 1e-300).sqrt().mean(), squares.mean()])
+                if not bool(torch.isfinite(both).all()):
                     return _HOPELESS, np.zeros_like(z)
-                if size > 0:
-                    (slope,) = torch.autograd.grad(error.log(), logits)
-                    slopes.append((share * size, slope.numpy()))
-        gradient = np.zeros_like(z)
-        for weight, row in slopes:
-            gradient += weight / total * row
-        return _log(total), gradient
+                means += share * both.detach().cpu().numpy()
+                wanted = [i for i, power in enumerate(self.powers) if power]
+                for i in wanted:
+                    last = i == wanted[-1]
+                    (slope,) = torch.autograd.grad(both[i], at, retain_graph=not last)
+                    slopes[i] += share * slope.numpy()
+        means += 1e-300
+        value = float(np.dot(self.powers, np.log(means)))
+        return min(value, _HOPELESS), np.dot(self.powers, slopes / means[:, None])
 
     def by_differences(self, z: np.ndarray) -> tuple[float, np.ndarray]:
         value = self.value_at(z)
@@ -249,9 +377,9 @@ class _Problem:
         return value, (np.array(moved) - value) / _STEP
 
     def value_at(self, z: np.ndarray) -> float:
-        return self.value(_from_logits(self.flow.process, torch.from_numpy(z)))
+        return self.value(*self.unpacked(torch.from_numpy(z)))
 
-    def objective(
+    def with_gradient(
         self, start: Tensor
     ) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
         """The objective with autograd's gradient if that is right at the start."""
@@ -302,50 +430,54 @@ def _to_logits(process: Process, grid: Tensor) -> Tensor:
 
 
 def _problem(
-    schedule: Schedule,
+    schedule: Schedule | Sequence[Schedule],
     flow: ProbabilityFlow,
     x_T: Tensor,
     K: int,
     solver: SolverLike,
+    told: bool,
+    objective: Objective,
     reference: Tensor | None,
     held_out: float,
     batch: int | None,
-) -> _Problem:
-    """The arguments, checked, and the noise, split."""
-    if not isinstance(schedule, Schedule):
-        raise TypeError(
-            f"schedule: expected a Schedule to start from, got "
-            f"{type(schedule).__name__}; artlib.art(flow, x_T) makes one"
-        )
+) -> tuple[_Problem, Schedule]:
+    """The arguments, checked, the noise, split, and the best of the starts."""
+    starts = [schedule] if not isinstance(schedule, Sequence) else list(schedule)
     check_flow(flow)
-    check_process(schedule, flow.process)
-    if positive_int(K, "K") < 2:
+    for start in starts:
+        if not isinstance(start, Schedule):
+            raise TypeError(
+                f"schedule: expected a Schedule to start from, or several, got "
+                f"{got(start)}; artlib.art(flow, x_T) makes one"
+            )
+        check_process(start, flow.process)
+    if not starts:
+        raise ValueError("schedule: got none to start from; artlib.art makes one")
+    if not isinstance(told, bool):
+        raise TypeError(f"told: expected True or False, got {got(told)}")
+    if positive_int(K, "K") < 2 and not told:
         raise ValueError(f"K: expected at least 2, got {K}; one step has no inner node")
-    solver_of(solver)
-    x = check_samples(x_T).detach().double()
+    if not isinstance(objective, str) or objective not in get_args(Objective):
+        raise ValueError(
+            f"objective: expected one of {get_args(Objective)}, got {objective!r}"
+        )
+    kind = solver_of(solver)
+    if told and not kind.tellable:
+        raise ValueError(
+            f"told: {kind.name} makes several evaluations a step, which are told their "
+            "own levels; use euler or a multistep solver"
+        )
     share = finite_float(held_out, "held_out", positive=True)
-    if share >= 1 or len(x) < 2:
+    if share >= 1 or (isinstance(x_T, Tensor) and len(x_T) < 2):
+        halves_of = len(x_T)
         raise ValueError(
-            f"held_out: a share of {share} of {len(x)} samples leaves none on one of "
-            "the two sides; pass a share within (0, 1) and at least two samples"
+            f"held_out: a share of {share} of {halves_of} samples leaves none on one "
+            "of the two sides; pass a share within (0, 1) and at least two samples"
         )
-    counter = CountNFE(flow.denoiser)
-    counted = flow.with_denoiser(counter)
-    if reference is None:
-        ends, times = [], table_times(flow.process, _REFERENCE_POINTS)
-        for part, (start,) in in_batches(counted, [x], batch, counter=counter):
-            path = part.trajectory(start, times)
-            ends.append(path.states[-1] - path.times[-1] * path.velocities[-1])
-        reference = torch.cat(ends)
-    reference = check_samples(reference, "reference").detach().double().to(x.device)
-    if reference.shape != x.shape:
-        raise ValueError(
-            f"reference: expected the shape of x_T, {tuple(x.shape)}, got "
-            f"{tuple(reference.shape)}; it is x_0 of the same noise, row by row"
-        )
-    cut = min(max(round((1 - share) * len(x)), 1), len(x) - 1)
-    moving, judging = (
-        _Noise(counted.rows(s, len(x)), x[s], reference[s])
-        for s in (slice(cut), slice(cut, None))
-    )
-    return _Problem(counted, solver, moving, judging, counter, batch)
+    batch = None if batch is None else positive_int(batch, "batch")
+    noise = matched_noise(flow, x_T, reference, batch)
+    moving, judging = halves(noise, held_out)
+    problem = _Problem(flow.process, solver, K, told, objective, moving, judging)
+    if len(starts) == 1:
+        return problem, starts[0]
+    return problem, min(starts, key=lambda s: problem.value(s.grid(K), None))

@@ -12,10 +12,12 @@ from .constructors import (
     uniform,
 )
 from .convert import convert
+from .plan import Plan
 from .schedule import Schedule
 
 __all__ = [
     "ExportError",
+    "Plan",
     "Schedule",
     "ScheduleFormatError",
     "beta",

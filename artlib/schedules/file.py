@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,34 @@ from ..flow.processes import Process
 from .table import Table, uniform_clock
 from .time_change import BetaQuantiles, Linear, NoiseWarp, TimeChange
 
-FORMAT = "artlib-schedule"
 VERSION = 1
-KEYS = ("name", "process", "time_change", "last_step", "provenance")
 
+
+@dataclass(frozen=True)
+class Format:
+    """What a kind of file is called, what it has to hold, and what writes it."""
+
+    name: str
+    noun: str
+    writer: str
+    keys: tuple[str, ...]
+    remedy: str
+
+
+SCHEDULE = Format(
+    "artlib-schedule",
+    "schedule",
+    "Schedule.save",
+    ("name", "process", "time_change", "last_step", "provenance"),
+    "for a plain list of timesteps use from_grid",
+)
+PLAN = Format(
+    "artlib-plan",
+    "plan",
+    "Plan.save",
+    ("name", "process", "solver", "nodes", "told", "provenance"),
+    "Schedule.load reads schedules",
+)
 
 _PARAMETERS: dict[type[TimeChange], tuple[str, ...]] = {
     Linear: (),
@@ -33,45 +58,46 @@ _PARAMETERS: dict[type[TimeChange], tuple[str, ...]] = {
 }
 
 
-def dumps(payload: dict[str, Any]) -> str:
-    """The JSON text of a schedule: one key a line, a list on one line.
+def dumps(payload: dict[str, Any], kind: Format = SCHEDULE) -> str:
+    """The JSON text of a schedule or plan: one key a line, a list on one line.
 
     Raises:
         ValueError: If a number is NaN or infinite.
         TypeError: If a value has no JSON form.
     """
-    data = {"format": FORMAT, "version": VERSION, **payload}
+    data = {"format": kind.name, "version": VERSION, **payload}
     lines = [
         f"  {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in data.items()
     ]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def loads(text: str, source: str) -> dict[str, Any]:
-    """Parse and check the JSON text of a schedule.
+def loads(text: str, source: str, kind: Format = SCHEDULE) -> dict[str, Any]:
+    """Parse and check the JSON text of a schedule or plan.
 
     Args:
         text: The file's content.
         source: The file's name, for the messages.
+        kind: What it has to be.
 
     Returns:
-        The object, with all of `KEYS` present.
+        The object, with all of the format's keys present.
 
     Raises:
-        ScheduleFormatError: If it is not JSON, no schedule, newer, incomplete, has a
-            key twice, or holds a number that is not finite.
+        ScheduleFormatError: If it is not JSON, of another kind, newer, incomplete, has
+            a key twice, or holds a number that is not finite.
         TypeError: If ``text`` is no str.
     """
     if not isinstance(text, str):
         raise TypeError(
-            f"text: expected the JSON text of a schedule, got {got(text)}; "
-            "Schedule.load reads a file"
+            f"text: expected the JSON text of a {kind.noun}, got {got(text)}; "
+            f"{kind.writer.replace('save', 'load')} reads a file"
         )
 
     def refuse(token: str) -> float:
         raise ScheduleFormatError(
             f"{source}: holds {token}, which is not a finite number; the file was "
-            "damaged or written by a faulty run: learn or export the schedule again"
+            f"damaged or written by a faulty run: make the {kind.noun} again"
         )
 
     def finite(token: str) -> float:
@@ -85,7 +111,7 @@ def loads(text: str, source: str) -> dict[str, Any]:
             twice = next(key for key in keys if keys.count(key) > 1)
             raise ScheduleFormatError(
                 f"{source}: has the key {twice!r} twice, and which one counts is not "
-                "known; remove one, or write the file again with Schedule.save"
+                f"known; remove one, or write the file again with {kind.writer}"
             )
         return found
 
@@ -102,30 +128,32 @@ def loads(text: str, source: str) -> dict[str, Any]:
     except ValueError as error:
         raise ScheduleFormatError(
             f"{source}: not valid JSON ({error}); the file is truncated or no "
-            "schedule: write it again with Schedule.save"
+            f"{kind.noun}: write it again with {kind.writer}"
         ) from error
     except RecursionError as error:
-        raise ScheduleFormatError(f"{source}: nested too deep, no schedule") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ScheduleFormatError(
-            f'{source}: JSON, but no schedule (expected "format": "{FORMAT}"); for a '
-            "plain list of timesteps use from_grid"
+            f"{source}: nested too deep, no {kind.noun}"
+        ) from error
+    if not isinstance(data, dict) or data.get("format") != kind.name:
+        raise ScheduleFormatError(
+            f'{source}: JSON, but no {kind.noun} (expected "format": "{kind.name}"); '
+            f"{kind.remedy}"
         )
     version = data.get("version")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise ScheduleFormatError(
             f"{source}: version is {version!r}, expected an integer from 1 "
-            f"to {VERSION}; write the file again with Schedule.save"
+            f"to {VERSION}; write the file again with {kind.writer}"
         )
     if version > VERSION:
         raise ScheduleFormatError(
             f"{source}: written in version {version!s:.9} of the format, this library "
             f"reads up to {VERSION}; upgrade it with pip install -U art-diffusion"
         )
-    missing = [key for key in KEYS if key not in data]
+    missing = [key for key in kind.keys if key not in data]
     if missing:
         raise ScheduleFormatError(
-            f"{source}: lacks {', '.join(missing)}; write it again with Schedule.save"
+            f"{source}: lacks {', '.join(missing)}; write it again with {kind.writer}"
         )
     return data
 

@@ -270,15 +270,22 @@ class Schedule:
                 form, or that is no dataclass.
             ValueError: If the process would come back as another one.
         """
-        return file.dumps(
-            {
-                "name": self.name,
-                "process": saved_process(self.process),
-                "last_step": self.last_step,
-                "provenance": self.provenance,
-                "time_change": self.time_change.to_dict(),
-            }
-        )
+        return file.dumps(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its content, JSON-able: what `to_json` writes, without format and version.
+
+        Raises:
+            TypeError: As in `to_json`.
+            ValueError: As there.
+        """
+        return {
+            "name": self.name,
+            "process": saved_process(self.process),
+            "last_step": self.last_step,
+            "provenance": self.provenance,
+            "time_change": self.time_change.to_dict(),
+        }
 
     @classmethod
     def from_json(

@@ -72,7 +72,7 @@ class Position:
         node: The node where they are.
         next: The next node; its time is above 0 where a solver is asked.
         told: The process time whose noise level the network is told; None for that of
-            the node.
+            the node. Without effect where there is no signal.
         left: Steps left to take, this one included.
         ends_at_zero: Whether the last of them goes to 0.
         steps: All steps of the run.
@@ -111,7 +111,7 @@ class Position:
         """
         if self._denoised is None:
             x, time = self.x, self.t
-            if self.told is not None:
+            if self.told is not None and self.node.alpha.item() != 0:
                 process = self.flow.process
                 x = x * (process.alpha(self.told) / self.node.alpha)
                 time = self.told

@@ -22,7 +22,7 @@ Times reach the flow as 0-d float64 tensors whatever the dtype of the state.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from .._common.checks import as_grid, check_samples, finite_float, got, positive
 from .._common.precision import at_least_single
 from ..flow.denoisers import CountNFE
 from ..flow.flow import ProbabilityFlow, check_flow
-from ..flow.processes import VE
+from ..flow.processes import VE, Process
 from ..flow.rows import in_batches
 from ..solvers.clocked import Clock, integrate_with
 from .integrate import StepCallback, integrate, integrate_adaptive
@@ -44,13 +44,34 @@ GridLike: TypeAlias = Sequence[float] | np.ndarray | Tensor
 """A list of K + 1 descending timesteps."""
 
 
+@runtime_checkable
+class PlanLike(Protocol):
+    """A grid with its solver and the levels that the network is told: `artlib.Plan`."""
+
+    @property
+    def process(self) -> Process:
+        """The process that it was made for."""
+
+    @property
+    def nodes(self) -> Tensor:
+        """Process times [K + 1]."""
+
+    @property
+    def told(self) -> Tensor:
+        """Process times [K] whose noise levels are told."""
+
+    @property
+    def solver(self) -> SolverLike:
+        """The solver that takes its steps."""
+
+
 def sample(
     flow: ProbabilityFlow,
     x_T: Tensor,
-    grid: GridLike | None = None,
+    grid: GridLike | PlanLike | None = None,
     *,
     clock: Clock | None = None,
-    solver: SolverLike = "euler",
+    solver: SolverLike | None = None,
     rtol: float = 1e-6,
     atol: float = 1e-6,
     callback: StepCallback | None = None,
@@ -66,14 +87,16 @@ def sample(
             at ``t_max``.
         grid: K + 1 strictly descending times, the first at most ``t_max``, the last
             0 or above; ``schedule.grid(K)`` gives one. Not for ``dopri5``, which
-            runs from ``t_max`` to ``t_min`` and from there by one Euler step to 0.
+            runs from ``t_max`` to ``t_min`` and from there by one Euler step to 0. Or
+            a `Plan`, which has a solver of its own.
         clock: Instead of a grid: each sample's own times, see `artlib.clocks`; with
             ``"euler"``, ``"heun"`` or a step. The callback then gets the mean time.
-        solver: A key of `SOLVERS`, or a step of your own: a callable ``step(flow, x,
-            t, s)`` that takes states x from process time t down to s > 0 (0-d float64
-            tensors; columns [n, 1, ..., 1] with a clock) and returns them. It is not
-            asked for the step to 0, and sees nothing of the step before, so no
-            multistep method can be passed so.
+        solver: A key of `SOLVERS`, a `Solver`, or a step of your own: a callable
+            ``step(flow, x, t, s)`` that takes states x from process time t down to s >
+            0 (0-d float64 tensors; columns [n, 1, ..., 1] with a clock) and returns
+            them. It is not asked for the step to 0, and sees nothing of the step
+            before: a multistep method is a `Solver`. By default ``"euler"``, or that
+            of the plan.
         rtol: Relative tolerance of ``dopri5``; no other solver uses it.
         atol: Absolute tolerance of ``dopri5``, in units of the state.
         callback: Called as ``callback(k, t_k, x_k)`` at every node k = 0 ... K (for
@@ -103,6 +126,10 @@ def sample(
         Lu et al., DPM-Solver++, https://arxiv.org/abs/2211.01095, algorithm 2;
         Karras et al., https://arxiv.org/abs/2206.00364, algorithm 1 (Heun).
     """
+    told: Tensor | None = None
+    if isinstance(grid, PlanLike):
+        grid, solver, told = _of_plan(grid, flow, solver, clock)
+    solver = "euler" if solver is None else solver
     kind = solver_of(solver, adaptive=True)
     check_flow(flow)
     x_T = check_samples(x_T, "x_T").detach()
@@ -125,6 +152,12 @@ def sample(
             "atol": atol,
         }
         parts = in_batches(flow, [x_T], positive_int(batch, "batch"))
+        if told is not None:  # the plan was checked above
+            assert isinstance(grid, Tensor)
+            with torch.no_grad():
+                return torch.cat(
+                    [integrate(p, x, grid, solver, told=told) for p, (x,) in parts]
+                )
         return torch.cat([sample(part, x, grid, **options) for part, (x,) in parts])
     if clock is not None:
         if grid is not None:
@@ -156,10 +189,32 @@ def sample(
             f"{t_max:.6g} of the flow's process; was the grid made for another process?"
         )
     with torch.no_grad(), flow.watched(x_T):
-        return integrate(flow, x_T, nodes, solver, callback)
+        return integrate(flow, x_T, nodes, solver, callback, told=told)
 
 
-def nfe(grid: GridLike, *, solver: SolverLike = "euler") -> int:
+def _of_plan(
+    plan: PlanLike, flow: ProbabilityFlow, solver: SolverLike | None, clock: object
+) -> tuple[Tensor, SolverLike, Tensor | None]:
+    """Nodes, solver and told levels of a plan that fits the flow."""
+    if check_flow(flow).process != plan.process:
+        raise ValueError(
+            f"grid: the plan belongs to {plan.process}, the flow to {flow.process}; "
+            "make it for the same process and range"
+        )
+    if clock is not None:
+        raise ValueError("clock: pass either a plan or a clock, not both")
+    if solver is not None and solver_of(solver, adaptive=True) != solver_of(
+        plan.solver
+    ):
+        raise ValueError(
+            f"solver: the plan was made for {solver_of(plan.solver).name}; leave the "
+            "solver out, or pass plan.nodes as a grid"
+        )
+    honest = torch.equal(plan.told, plan.nodes[:-1])
+    return plan.nodes, plan.solver, None if honest else plan.told
+
+
+def nfe(grid: GridLike | PlanLike, *, solver: SolverLike | None = None) -> int:
     """Network evaluations that a solver makes on a grid.
 
     With K steps and s evaluations per step: K s, less s - 1 where the last node is 0,
@@ -170,8 +225,9 @@ def nfe(grid: GridLike, *, solver: SolverLike = "euler") -> int:
     it they are counted in one step on a small Gaussian.
 
     Args:
-        grid: K + 1 strictly descending times.
-        solver: A key of `SOLVERS`, except ``dopri5``, or a step as in `sample`.
+        grid: K + 1 strictly descending times, or a `Plan`.
+        solver: As in `sample`, except ``dopri5``; by default ``"euler"``, or that of
+            the plan.
 
     Returns:
         The number of evaluations; one call on a batch is one evaluation.
@@ -181,7 +237,9 @@ def nfe(grid: GridLike, *, solver: SolverLike = "euler") -> int:
         ValueError: If the solver is unknown or adaptive, or the grid is not a grid, or
             a step without ``evaluations`` fails on the Gaussian or evaluates nothing.
     """
-    kind = solver_of(solver, adaptive=True)
+    if isinstance(grid, PlanLike):
+        solver, grid = solver or grid.solver, grid.nodes
+    kind = solver_of("euler" if solver is None else solver, adaptive=True)
     if kind.adaptive:
         raise ValueError(
             f"solver: {kind.name} is adaptive, its NFE is not known in advance; wrap "
