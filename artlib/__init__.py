@@ -39,7 +39,7 @@ from .control import (
     tell,
     value_of_information,
 )
-from .exact import gaussian_output_std, gaussian_w2, oracle_grid
+from .exact import gaussian_output_std, gaussian_w2, oracle_grid, oracle_plan
 from .flow import (
     VE,
     VP,
@@ -159,6 +159,7 @@ __all__ = [
     "nfe_ratio",
     "nfe_to_quality",
     "oracle_grid",
+    "oracle_plan",
     "references",
     "refine",
     "register_process",

@@ -24,13 +24,15 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.optimize import least_squares, minimize
+from scipy.special import ellipj, ellipk
 from torch import Tensor
 
 from ._common.checks import as_grid, as_variances, positive_int
 from ._common.types import TimeLike
 from .flow.flow import ProbabilityFlow
-from .flow.processes import Process, as_time, check_process
+from .flow.processes import VE, Process, as_time, check_process
 from .schedules.constructors import edm, kl_optimal, log_snr
+from .schedules.plan import Plan
 from .solvers.integrate import integrate
 from .solvers.solver import SolverLike, Step, solver_of
 
@@ -71,21 +73,44 @@ def _nodes(
     return checked
 
 
+def _arguments(
+    process: Process,
+    grid: Tensor | Sequence[float] | np.ndarray | Plan,
+    solver: SolverLike | None,
+) -> tuple[Tensor, SolverLike, Tensor | None]:
+    """Checked nodes, the solver, and the levels told, if they are not the nodes'."""
+    if not isinstance(grid, Plan):
+        solver = "euler" if solver is None else solver
+        return _nodes(process, grid, solver), solver, None
+    if grid.process != process:
+        raise ValueError(
+            f"grid: the plan belongs to {grid.process}, got the process {process}"
+        )
+    if solver is not None and solver_of(solver) != solver_of(grid.solver):
+        raise ValueError(
+            f"solver: the plan was made for {solver_of(grid.solver).name}; leave the "
+            "solver out, or pass plan.nodes as a grid"
+        )
+    return grid.nodes, grid.solver, None if grid.is_honest else grid.told
+
+
 def gaussian_output_std(
     process: Process,
     variances: Tensor | Sequence[float],
-    grid: Tensor | Sequence[float] | np.ndarray,
+    grid: Tensor | Sequence[float] | np.ndarray | Plan,
     *,
-    solver: SolverLike = "euler",
+    solver: SolverLike | None = None,
 ) -> Tensor:
     r"""Exact standard deviations :math:`|m_j| s_{T,j}` of a sampler's output.
 
     Args:
         process: The noising process.
         variances: Eigenvalues of the data's covariance [d], >= 0.
-        grid: K + 1 descending times from t_max; usually ``schedule.grid(K)``.
-        solver: ``"euler"``, ``"heun"``, ``"rk4"``, ``"dpmpp_2m"`` or a step as in
-            `artlib.sample` that treats coordinates alike and apart, and is linear.
+        grid: K + 1 descending times from t_max; usually ``schedule.grid(K)``. Or a
+            `Plan`, with its own solver and the levels that it tells.
+        solver: A name, a `Solver`, or a step as in `artlib.sample` that treats
+            coordinates alike and apart, and is linear. By default ``"euler"``, or that
+            of the plan.
 
     Returns:
         float64 [d], along the eigenvectors; differentiable in a float64 ``grid``.
@@ -96,20 +121,24 @@ def gaussian_output_std(
             every coordinate.
     """
     lam = as_variances(variances)
-    nodes = _nodes(process, grid, solver)
-    std = _output_std(process, lam, nodes, solver)
+    nodes, solver, told = _arguments(process, grid, solver)
+    std = _output_std(process, lam, nodes, solver, told)
     if not isinstance(solver, str):
         _check_linear(process, lam, nodes, solver, std.detach())
     return std
 
 
 def _output_std(
-    process: Process, lam: Tensor, nodes: Tensor, solver: SolverLike
+    process: Process,
+    lam: Tensor,
+    nodes: Tensor,
+    solver: SolverLike,
+    told: Tensor | None = None,
 ) -> Tensor:
     """`gaussian_output_std` of checked arguments."""
     with torch.set_grad_enabled(nodes.requires_grad):
         start = lam.new_ones(1, lam.numel())
-        factor = integrate(_flow(process, lam), start, nodes, solver)[0]
+        factor = integrate(_flow(process, lam), start, nodes, solver, told=told)[0]
         alpha, sigma = process.alpha(nodes[0]), process.sigma(nodes[0])
         return factor.abs() * torch.sqrt(alpha**2 * lam + sigma**2)
 
@@ -134,9 +163,9 @@ def _check_linear(
 def gaussian_w2(
     process: Process,
     variances: Tensor | Sequence[float],
-    grid: Tensor | Sequence[float] | np.ndarray,
+    grid: Tensor | Sequence[float] | np.ndarray | Plan,
     *,
-    solver: SolverLike = "euler",
+    solver: SolverLike | None = None,
 ) -> Tensor:
     r"""Exact W2 between a sampler's output and its data :math:`N(0, C)`.
 
@@ -157,8 +186,9 @@ def gaussian_w2(
         ValueError: As there.
     """
     lam = as_variances(variances)
-    nodes = _nodes(process, grid, solver)
-    std = gaussian_output_std(process, lam, nodes, solver=solver)
+    nodes, _, _ = _arguments(process, grid, solver)
+    given = grid if isinstance(grid, Plan) else nodes
+    std = gaussian_output_std(process, lam, given, solver=solver)
     alpha, sigma = process.alpha(nodes[-1]), process.sigma(nodes[-1])
     return torch.linalg.norm(std - torch.sqrt(alpha**2 * lam + sigma**2))
 
@@ -226,6 +256,139 @@ def oracle_grid(
         if found is None:
             found = _descend(residuals, ends[0], maxiter=1000, gtol=1e-10)
     return _from_logits(process, torch.from_numpy(found))
+
+
+def oracle_plan(
+    process: Process,
+    variances: Tensor | Sequence[float],
+    K: int,
+    *,
+    solver: SolverLike = "euler",
+    seed: int = 0,
+) -> Plan:
+    r"""Nodes and told levels with the least exact W2 on :math:`N(0, C)`.
+
+    In `VE` an Euler sampler that is told levels multiplies an eigendirection of
+    variance l by the rational function
+
+    .. math:: r(l) = \prod_k \frac{l + \rho_k s_k^2}{l + s_k^2} , \qquad
+              \rho_k = t_{k+1}/t_k ,
+
+    an approximant of :math:`\sqrt{l/(l + T^2)}` with 2K - 1 free numbers, where honest
+    levels leave K - 1. The best of that degree is Zolotarev's (`zolotarev_nodes`): its
+    error falls exponentially in K. The search starts there, at the best honest grid
+    and at c = 1/4 on it, and moves everything by BFGS.
+
+    The levels are those of a Gaussian. On a trained network they are *worse* than
+    honest ones; there, use `artlib.tell` or `artlib.refine`.
+
+    Args:
+        process: The noising process.
+        variances: Eigenvalues of C [d].
+        K: Number of steps, >= 1.
+        solver: One that can be told levels.
+        seed: Of the random starts of the honest grid.
+
+    Returns:
+        The plan.
+
+    Raises:
+        TypeError: As in `gaussian_output_std`.
+        ValueError: As there, or if the solver cannot be told.
+    """
+    kind = solver_of(solver)
+    if not kind.tellable:
+        raise ValueError(
+            f"solver: {kind.name} makes several evaluations a step and cannot be told "
+            "levels; use euler or a multistep solver"
+        )
+    lam = as_variances(variances)
+    grid = oracle_grid(process, lam, K, solver=solver, seed=seed)
+    distinct, counts = _distinct(lam)
+    weight = counts.double().sqrt()
+
+    def unpacked(z: Tensor) -> tuple[Tensor, Tensor]:
+        nodes = _from_logits(process, z[: K - 1])
+        start = nodes[:-1]
+        level = process.noise_level(start.detach())
+        signal = torch.isfinite(level)
+        here = torch.where(signal, start, 0.5 * process.t_max)
+        moved = process.noise_level(here) * torch.exp(-torch.exp(z[K - 1 :]))
+        return nodes, torch.where(signal, process.inverse_noise_level(moved), start)
+
+    def residuals(z: Tensor) -> Tensor:
+        nodes, told = unpacked(z)
+        std = _output_std(process, distinct, nodes, solver, told)
+        return weight * (std - distinct.sqrt())
+
+    def packed(nodes: Tensor, ratio: Tensor) -> np.ndarray:
+        """Parameters of nodes, and of told levels over the nodes'."""
+        below = torch.log(-ratio.clamp(1e-6, 1 - 1e-6).log())
+        return np.concatenate([_to_logits(process, nodes), below.numpy()])
+
+    rho = grid[1:] / grid[:-1]
+    starts = [
+        packed(grid, torch.full((K,), 1 - 1e-3, dtype=torch.float64)),
+        packed(grid, torch.sqrt(1 - 0.5 * (1 - rho))),
+    ]
+    positive = distinct[distinct > 0]
+    if isinstance(process, VE) and kind.name == "euler" and len(positive) > 1:
+        nodes, told = zolotarev_nodes(
+            process.t_max, float(positive.min()), float(positive.max()), K
+        )
+        starts.append(packed(nodes, told / nodes[:-1]))
+    ends = [_descend(residuals, z, maxiter=400, gtol=1e-10) for z in starts]
+    best = min(ends, key=lambda z: float(residuals(torch.from_numpy(z)).norm()))
+    nodes, told = unpacked(torch.from_numpy(best))
+    honest = float(gaussian_w2(process, lam, grid, solver=solver))
+    if float(residuals(torch.from_numpy(best)).norm()) >= honest:
+        nodes, told = grid, grid[:-1]
+    return Plan.made(
+        process,
+        nodes,
+        told,
+        solver,
+        name=f"oracle, {kind.name}, told",
+        method="oracle_plan",
+        provenance={"variances": len(lam), "honest": honest},
+    )
+
+
+def zolotarev_nodes(
+    t_max: float, smallest: float, largest: float, K: int
+) -> tuple[Tensor, Tensor]:
+    r"""Nodes and told levels in VE of Zolotarev's rational function.
+
+    With :math:`w = l/(l + T^2)` the target is :math:`\sqrt w` on an interval. Its best
+    approximant of degree K in relative error has poles and zeros at
+    :math:`-c_i`, odd and even i,
+
+    .. math:: c_i = w_{min} \frac{\mathrm{sn}^2}{\mathrm{cn}^2}
+              \Bigl(\frac{i\,K(k')}{2K}\Bigr), \qquad
+              k'^2 = 1 - w_{min}/w_{max} ;
+
+    a pole is the level told, :math:`s^2 = c T^2/(1 + c)`, and the zero below it is
+    :math:`\rho s^2`. The constant factor of the approximant is not a sampler's to
+    choose: one more number is missing, and the optimum lies near, not at, this point.
+
+    Args:
+        t_max: T.
+        smallest: Least variance, > 0.
+        largest: Greatest variance.
+        K: Number of steps.
+
+    Returns:
+        Nodes [K + 1] and levels [K], float64, in VE time.
+    """
+    low, high = (v / (v + t_max**2) for v in (smallest, largest))
+    m = 1 - low / high
+    index = np.arange(1, 2 * K)
+    sn, cn, _, _ = ellipj(index * ellipk(m) / (2 * K), m)
+    c = low * (sn / cn) ** 2
+    squares = (c * t_max**2 / (1 + c))[::-1]  # the largest first: pole, zero, pole ...
+    poles, zeros = squares[0::2], np.append(squares[1::2], 0.0)
+    nodes = t_max * np.concatenate([[1.0], np.cumprod(zeros / poles)])
+    return torch.from_numpy(nodes), torch.from_numpy(np.sqrt(poles))
 
 
 def _distinct(lam: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,8 @@ rms on fresh noise may rise by half while the median falls).
 
 **What is returned.** One part of the noise moves the nodes. Another, **held out**,
 decides which grid is returned: one whose rms *and* median there are no worse than the
-start's, and whose mean is least. If there is none, the start comes back, with a warning
+start's, and whose mean is least (with ``"mean square"``, whose rms is least). If there
+is none, the start comes back, with a warning
 that says so. All of this is ours.
 """
 
@@ -226,7 +227,7 @@ def _search(
             f"with {solver_of(problem.solver).name}; check the denoiser, or start from "
             "another schedule"
         )
-    best = _Best(nodes, levels, before, before)
+    best = _Best(nodes, levels, before, before, problem.objective == "mean square")
     free = _free(start, problem, nodes)
     if problem.told:
         levels = calibrated_levels(problem.moving, free, solver_of(problem.solver))
@@ -281,12 +282,18 @@ class _Best:
     told: Tensor | None
     size: Size
     start: Size
+    by_square: bool
     waited: int = 0
 
     def offer(self, nodes: Tensor, told: Tensor | None, size: Size) -> None:
         self.waited += 1
-        if size.no_worse_than(self.start) and size.mean < self.size.mean:
-            if size.mean < self.size.mean * (1 - 1e-4):
+        if self.by_square:
+            better, now, before = True, size.rms, self.size.rms
+        else:
+            better = size.no_worse_than(self.start)
+            now, before = size.mean, self.size.mean
+        if better and now < before:
+            if now < before * (1 - 1e-4):
                 self.waited = 0
             self.nodes, self.told, self.size = nodes.detach(), told, size
             if told is not None:
