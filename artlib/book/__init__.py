@@ -11,9 +11,10 @@ functions here behave alike in all three, so that a chapter never asks where it 
   ``notebooks/results/NAME.json`` of the clone (``ARTLIB_RESULTS`` names another
   folder), each with the circumstances it was made in;
   :func:`comparison` does that for tables of schedules, and checks a part, and
-  :func:`learned` for schedules.
+  :func:`learned` for schedules, :func:`plan_table` for plans.
 """
 
+from .plans import plan_table
 from .results import load_results, save_results, scratch
 from .surroundings import FIGURE_DPI, GLUED, device, full, glue, show
 from .tables import Listed, comparison, learned
@@ -28,6 +29,7 @@ __all__ = [
     "glue",
     "learned",
     "load_results",
+    "plan_table",
     "save_results",
     "scratch",
     "show",

@@ -238,6 +238,11 @@ def _origin(flow: ProbabilityFlow, noises: Sequence[Tensor]) -> Origin:
     return Origin.of(flow, noises, None, probe)
 
 
+def origin_of(flow: ProbabilityFlow, noises: Sequence[Tensor]) -> dict[str, Any]:
+    """What flow and noises are known by, JSON-able."""
+    return json.loads(json.dumps(asdict(_origin(flow, noises))))
+
+
 def _without(data: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in data.items() if name != key}
 

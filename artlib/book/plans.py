@@ -1,0 +1,147 @@
+"""Tables of plans, a row per way to sample and a column per number of evaluations."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from torch import Tensor
+
+from ..comparison.bootstrap import statistic
+from ..comparison.compare import references
+from ..comparison.file import Origin
+from ..comparison.table import Comparison
+from ..flow.flow import ProbabilityFlow
+from ..metrics.distances import terminal_error
+from ..schedules.plan import Plan
+from ..solvers.sample import sample
+from .results import load_results, save_results
+from .surroundings import full
+from .tables import describe, origin_of
+
+Plans: TypeAlias = Mapping[str, Mapping[int, Plan]]
+"""Label -> evaluations -> plan."""
+
+_AGREE = 0.02  # relative, of an error now and in the full run
+_AGAIN = "make it again (ARTLIB_FULL=1) or find out what changed"
+
+
+def plan_table(
+    name: str,
+    flow: ProbabilityFlow,
+    make: Callable[[], Plans],
+    noise: Callable[[int, int], Tensor],
+    *,
+    count: int,
+    seed: int,
+    again: Sequence[tuple[str, int]],
+    few: int = 8,
+) -> tuple[dict[str, dict[int, Plan]], Comparison]:
+    """Plans and their errors from matched noise: made in a full run, read otherwise.
+
+    Where they are read, the errors of some cells from the first few noises are computed
+    anew, the numbers of each cell must be those of its samples, and flow, noise and
+    plans must be those of the full run.
+
+    Args:
+        name: Of the results.
+        flow: The flow.
+        make: Makes the plans, in a full run only.
+        noise: ``noise(n, seed)`` -> states at t_max [n, *shape]; not those that the
+            plans were learned from.
+        count: Noises of the full run.
+        seed: Of the noise.
+        again: Cells, label and evaluations, to compute again.
+        few: Noises to compute them from.
+
+    Returns:
+        The plans, and a `Comparison` with a key ``"nfe N"`` for each number of
+        evaluations; its measures are ``"error"`` (rms) and ``"median"``.
+
+    Raises:
+        AssertionError: If the code of today gives other numbers than the stored ones.
+        FileNotFoundError: If there are no results yet.
+    """
+    if full():
+        plans = {label: dict(row) for label, row in make().items()}
+        x = noise(count, seed)
+        ends = references(flow, [x], rtol=1e-6)[0]
+        samples: dict[str, dict[str, list[list[float]]]] = {}
+        for label, row in plans.items():
+            for nfe, plan in row.items():
+                errors = _errors(flow, x, ends, plan)
+                cell = [float(f"{e:.4g}") for e in errors]
+                samples.setdefault(f"nfe {nfe}", {})[label] = [cell]
+        results: dict[str, Any] = {
+            "plans": {
+                label: {str(n): json.loads(p.to_json()) for n, p in row.items()}
+                for label, row in plans.items()
+            },
+            "samples": samples,
+            "origin": origin_of(flow, [x]),
+        }
+        results["sha256"] = _digest(results)
+        save_results(name, results, seed=seed)
+    stored = load_results(name)
+    results = stored["results"]
+    plans = {
+        label: {int(n): Plan.from_json(json.dumps(p)) for n, p in row.items()}
+        for label, row in results["plans"].items()
+    }
+    table = _table(results["samples"])
+    if not full():
+        print(describe(stored["made"], table.count, 1))
+        assert results["sha256"] == _digest(results), (
+            f"{name}: a stored number was changed by hand; {_AGAIN}"
+        )
+        x = noise(table.count, seed)
+        now, then = Origin(**origin_of(flow, [x])), Origin(**results["origin"])
+        other = now.difference(then)
+        assert other is None, f"{name}: {other} differed in the full run; {_AGAIN}"
+        ends = references(flow, [x[:few]], rtol=1e-6)[0]
+        for label, nfe in again:
+            fresh = _errors(flow, x[:few], ends, plans[label][nfe])
+            old = np.array(table.samples[f"nfe {nfe}"][label][0][:few])
+            least = float(np.median(old)) / 4
+            worst = float(np.max(np.abs(fresh - old) / np.maximum(old, least)))
+            assert worst < _AGREE, (
+                f"{name}: an error of {label} at {nfe} evaluations differs by "
+                f"{worst:.1%} from the full run; {_AGAIN}"
+            )
+    return plans, table
+
+
+def _errors(flow: ProbabilityFlow, x: Tensor, ends: Tensor, plan: Plan) -> np.ndarray:
+    """Root mean squared error per coordinate of each sample."""
+    y = sample(flow, x, plan, batch=min(len(x), 64))
+    return np.array(
+        [terminal_error(a[None], b[None]) for a, b in zip(y, ends, strict=True)]
+    )
+
+
+def _table(samples: Mapping[str, Mapping[str, list[list[float]]]]) -> Comparison:
+    cells = {
+        key: {
+            label: {
+                measure: statistic(np.array(errors), measure).tolist()
+                for measure in ("error", "median")
+            }
+            for label, errors in row.items()
+        }
+        for key, row in samples.items()
+    }
+    first = next(iter(next(iter(samples.values())).values()))
+    return Comparison(
+        cells=cells,
+        nfe={key: int(key.split()[1]) for key in samples},
+        count=len(first[0]),
+        samples={k: dict(row) for k, row in samples.items()},
+    )
+
+
+def _digest(results: Mapping[str, Any]) -> str:
+    parts = [results[key] for key in ("plans", "samples", "origin")]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
