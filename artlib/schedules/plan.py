@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .._common.checks import as_grid, positive_int, real_tensor
-from .._common.errors import ScheduleFormatError
+from .._common.errors import ExportError, ScheduleFormatError
 from ..flow.processes import Process, check_process
 from ..flow.registry import UnknownProcessError, process_from_dict, saved_process
 from ..solvers.sample import nfe
@@ -163,6 +163,49 @@ class Plan:
                 "levels; sample with artlib.sample(flow, x_T, plan)"
             )
         return self.nodes.clone()
+
+    def to_diffusers(
+        self, scheduler: Any, network: Any = None, *, device: Any = None
+    ) -> Any:
+        """Set a scheduler of diffusers to the nodes, and tell the network the levels.
+
+        The solver stays the scheduler's: EulerDiscrete for ``"euler"``,
+        DPMSolverMultistep for ``"dpmpp_2m"``, UniPCMultistep for ``"unipc"``.
+
+        Args:
+            scheduler: See `Schedule.to_diffusers`.
+            network: ``pipe.unet`` or ``pipe.transformer``; needed unless the plan is
+                honest, for a scheduler alone cannot tell it other levels.
+            device: Where the scheduler's timesteps go.
+
+        Returns:
+            The hooks on the network, with ``remove()``; None if the plan is honest.
+
+        Raises:
+            ExportError: If the scheduler cannot visit the nodes, or the levels cannot
+                be told. Nothing is changed then.
+        """
+        from ..adapters.diffusers import release, tell_network, to_diffusers
+
+        if not self.is_honest and network is None:
+            raise ExportError(
+                "network: the plan tells other noise levels than those of its nodes, "
+                "which takes a hook on the network; pass network=pipe.unet (or "
+                "pipe.transformer)"
+            )
+        to_diffusers(self._grid_only(), scheduler, self.steps, device=device)
+        if self.is_honest:
+            return None
+        try:
+            return tell_network(self, scheduler, network)
+        except BaseException:
+            release(scheduler)
+            raise
+
+    def _grid_only(self) -> Plan:
+        """The plan without its told levels, which gives its grid to who asks."""
+        nodes = self.nodes
+        return Plan(self.process, nodes, nodes[:-1], self.solver, self.name)
 
     def to_dict(self) -> dict[str, Any]:
         """Its content, JSON-able: what `save` writes.

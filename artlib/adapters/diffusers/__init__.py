@@ -12,14 +12,17 @@ diffusers itself is not imported here: all of it works on the objects that are g
 
 from ..._common.errors import ExportError
 from .export import pipeline_arguments, release, to_diffusers
+from .hook import Hooks, tell_network
 from .model import DiffusersDenoiser, denoiser, scheduler_process
 
 __all__ = [
     "DiffusersDenoiser",
     "ExportError",
+    "Hooks",
     "denoiser",
     "pipeline_arguments",
     "release",
     "scheduler_process",
+    "tell_network",
     "to_diffusers",
 ]
