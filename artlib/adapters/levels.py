@@ -13,7 +13,7 @@ under another: what changes is the scale of the state, not the place of the step
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from ..flow.processes import Process, RectifiedFlow
 Coordinate: TypeAlias = Literal["level", "flow"]
 
 
+@runtime_checkable
 class ScheduleLike(Protocol):
     """What can be exported: `artlib.Schedule`, and whatever gives grids as it does."""
 

@@ -18,8 +18,8 @@ from ..._common.checks import positive_int
 from ..._common.errors import ExportError
 from ..levels import ScheduleLike, noise_levels
 from .held import hold, let_go, plain_class
-from .setter import set_levels
 from .rules import check_range, coordinate, rule_for, shift_of
+from .setter import set_levels
 
 
 def to_diffusers(

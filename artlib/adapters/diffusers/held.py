@@ -20,8 +20,8 @@ import torch
 
 from ..._common.checks import positive_int
 from ..levels import ScheduleLike, noise_levels
-from .setter import set_levels
 from .rules import coordinate, rule_for
+from .setter import set_levels
 
 _KEPT = "_artlib_schedule"
 
