@@ -23,10 +23,14 @@ from torch import Tensor
 
 from ..._common.checks import finite_float
 from ...flow.rows import Rows, take_rows
+from .times import innermost
 
 Condition: TypeAlias = Mapping[str, Any]
 """Keyword arguments of a network: tensors with one row, or one per sample; mappings or
 lists of such tensors. Shared ones (`SHARED`) and anything else pass as they are."""
+
+BESIDE_STATE = "concatenated"
+"""The name, in a condition, of what is put behind the channels of the state."""
 
 SHARED = frozenset(
     {"freqs_cis", "image_rotary_emb", "img_ids", "rotary_emb", "txt_ids"}
@@ -246,6 +250,34 @@ class Guidance:
             return torch.cat([a, b])
 
         return {name: join(value, second[name], name) for name, value in first.items()}
+
+
+def beside_state(x: Tensor, channels: Any, network: Any) -> Tensor:
+    """States with the channels of a condition behind their own.
+
+    Args:
+        x: States [N, C, *size], or [N, frames, C, *size] where the network has it so.
+        channels: What goes behind them, of the same size.
+        network: The network; a video network that counts frames first is known.
+
+    Raises:
+        ValueError: If the two do not have one size.
+    """
+    frames_first = type(innermost(network)).__name__.startswith("UNetSpatioTemporal")
+    axis = 2 if frames_first else 1
+    shapes = [
+        [*value.shape[:axis], *value.shape[axis + 1 :]]
+        for value in (x, channels)
+        if isinstance(value, Tensor)
+    ]
+    if len(shapes) < 2 or shapes[0] != shapes[1]:
+        found = tuple(channels.shape) if isinstance(channels, Tensor) else channels
+        raise ValueError(
+            f"condition: {BESIDE_STATE!r} goes behind the channels (axis {axis}) of "
+            f"states {tuple(x.shape)}, so it needs their size; got {found!r:.80}: "
+            "resize masks and images to the latents"
+        )
+    return torch.cat([x, channels], dim=axis)
 
 
 def _wrong_number(value: Tensor, name: str, count: int) -> ValueError:

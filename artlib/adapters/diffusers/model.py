@@ -35,7 +35,7 @@ from ...flow.ask import exact_time
 from ...flow.denoisers import Denoiser, Prediction, network_dtype
 from ...flow.processes import VE, Process, RectifiedFlow
 from ...flow.rows import Rows
-from .guidance import Condition, Guidance
+from .guidance import BESIDE_STATE, Condition, Guidance, beside_state
 from .times import (
     config_of,
     is_edm,
@@ -77,7 +77,9 @@ def denoiser(
         condition: Further arguments of the network with one row, or one per sample:
             ``{"class_labels": ...}``, ``{"encoder_hidden_states": ...}``, also nested,
             ``{"added_cond_kwargs": {...}}``, or in lists. Flux's ``img_ids`` and
-            ``txt_ids``, rotary embeddings and what is no tensor are shared.
+            ``txt_ids``, rotary embeddings and what is no tensor are shared. The name
+            ``"concatenated"`` is for channels that go behind those of the state: mask
+            and masked image of a network for inpainting, a depth map, a first frame.
         unconditional: The same for the empty prompt; needed for guidance.
         guidance: Factor of classifier-free guidance, 1 is none; the pipelines'
             ``guidance_scale``. It counts as one evaluation.
@@ -204,6 +206,8 @@ class DiffusersDenoiser(Denoiser):
         state, times = x.clone(), time.clone()
         cast = {k: _cast(v, x.dtype) for k, v in condition.items()}
         network: Any = self.network
+        if BESIDE_STATE in cast:
+            state = beside_state(state, cast.pop(BESIDE_STATE), network)
         answer = network(state, timestep=times, return_dict=False, **cast)[0]
         if answer.ndim > 1 and answer.shape[1] == 2 * x.shape[1]:
             answer = answer[:, : x.shape[1]]  # the other half is a variance
