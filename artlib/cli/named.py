@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from .. import schedules
+from .. import rivals, schedules
 from ..flow.processes import Process
 from ..schedules.constructors import Schedule
 from .sources import STDOUT, InputError
@@ -23,6 +24,7 @@ FORMULAS: dict[str, Callable[[Process], Schedule]] = {
     "log-snr-unpinned": lambda process: schedules.log_snr(process, pinned=False),
     "kl-optimal": schedules.kl_optimal,
     "beta": schedules.beta,
+    **{f"ays-{model}": partial(rivals.ays, model) for model in rivals.AYS},
 }
 """Schedules that the command line knows by name."""
 

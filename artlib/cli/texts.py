@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterable
+
 from .named import FORMULAS
+
+
+def wrapped(names: Iterable[str]) -> str:
+    """Names in lines of a help text."""
+    return textwrap.fill(
+        ", ".join(names),
+        width=88,
+        initial_indent="  ",
+        subsequent_indent="  ",
+        break_on_hyphens=False,
+    )
+
 
 STATUS = """\
 Exit status:
@@ -27,7 +42,8 @@ Nothing is downloaded, and nothing is unpickled.
 
 A SCHEDULE is a file written by "artlib learn", - for one on standard input, or a
 formula by name, for the process of the source, or of the files beside it:
-  {", ".join(FORMULAS)}
+{wrapped(FORMULAS)}
+(ays-... are published lists, each for the model that it names.)
 """
 
 MAIN = f"""\
