@@ -225,6 +225,18 @@ class Guidance:
 
         return {name: apply(value, name) for name, value in condition.items()}
 
+    def doubled(self, condition: Condition) -> dict[str, Any]:
+        """A condition for the same samples twice, one after the other.
+
+        Args:
+            condition: With a row for each sample, as the network is given it.
+        """
+
+        def twice(value: Tensor, name: str) -> Tensor:
+            return value.repeat(2, *[1] * (value.ndim - 1))
+
+        return self._map(condition, twice)
+
     def is_shared(self, value: Tensor, name: str) -> bool:
         """Whether samples share a tensor, or it has a row per sample (or one row)."""
         if name in ("img_ids", "txt_ids") and value.ndim == 3:
@@ -278,6 +290,26 @@ def beside_state(x: Tensor, channels: Any, network: Any) -> Tensor:
             "resize masks and images to the latents"
         )
     return torch.cat([x, channels], dim=axis)
+
+
+def cast_condition(value: Any, dtype: torch.dtype) -> Any:
+    """A condition's tensors for a network: floating ones in its dtype, all copies.
+
+    A network may write into them. Rows that are one row repeated need no copy: torch
+    refuses to write into those.
+    """
+    if isinstance(value, dict):
+        return {name: cast_condition(inner, dtype) for name, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(cast_condition(inner, dtype) for inner in value)
+    if not isinstance(value, Tensor):
+        return value
+    repeated = any(
+        step == 0 and size > 1
+        for step, size in zip(value.stride(), value.shape, strict=True)
+    )
+    kind = dtype if value.is_floating_point() else value.dtype
+    return value.to(kind, copy=not repeated)
 
 
 def _wrong_number(value: Tensor, name: str, count: int) -> ValueError:

@@ -35,7 +35,13 @@ from ...flow.ask import exact_time
 from ...flow.denoisers import Denoiser, Prediction, network_dtype
 from ...flow.processes import VE, Process, RectifiedFlow
 from ...flow.rows import Rows
-from .guidance import BESIDE_STATE, Condition, Guidance, beside_state
+from .guidance import (
+    BESIDE_STATE,
+    Condition,
+    Guidance,
+    beside_state,
+    cast_condition,
+)
 from .times import (
     config_of,
     is_edm,
@@ -204,7 +210,7 @@ class DiffusersDenoiser(Denoiser):
     def _call(self, x: Tensor, time: Tensor, **condition: Any) -> Tensor:
         # Copies: a network may scale its input, or its time, in place.
         state, times = x.clone(), time.clone()
-        cast = {k: _cast(v, x.dtype) for k, v in condition.items()}
+        cast = {k: cast_condition(v, x.dtype) for k, v in condition.items()}
         network: Any = self.network
         if BESIDE_STATE in cast:
             state = beside_state(state, cast.pop(BESIDE_STATE), network)
@@ -241,7 +247,7 @@ def _formula(scheduler: Any) -> tuple[str, Callable[..., Tensor]]:
             "nothing about the sample; make it with prediction_type='v_prediction' if "
             "that is what the network predicts, or with rescale_betas_zero_snr=False"
         )
-    return prediction, _OfTable(prediction, time)
+    return prediction, OfTable(prediction, time)
 
 
 # Classes and not closures, so that a denoiser can be copied and pickled.
@@ -257,7 +263,9 @@ class _OfFlow:
 
 
 @dataclass(frozen=True)
-class _OfTable:
+class OfTable:
+    """The formula of a network that was trained on a table of steps."""
+
     prediction: str
     told: Callable[[Tensor], Tensor]
 
@@ -289,26 +297,6 @@ class _OfEDM:
 def _like(value: Tensor, x: Tensor) -> Tensor:
     # In this order: the device may have no float64.
     return value.to(x.dtype).to(x.device)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """A condition's tensors for the network: floating ones in its dtype, all copies.
-
-    A network may write into them. Rows that are one row repeated need no copy: torch
-    refuses to write into those.
-    """
-    if isinstance(value, dict):
-        return {name: _cast(inner, dtype) for name, inner in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_cast(inner, dtype) for inner in value)
-    if not isinstance(value, Tensor):
-        return value
-    repeated = any(
-        step == 0 and size > 1
-        for step, size in zip(value.stride(), value.shape, strict=True)
-    )
-    kind = dtype if value.is_floating_point() else value.dtype
-    return value.to(kind, copy=not repeated)
 
 
 def _unknown(prediction: str, of_what: str) -> ValueError:
