@@ -184,7 +184,7 @@ def test_show_tells_how_it_was_learned(here: Path, capsys: Any) -> None:
     capsys.readouterr()
     assert main(["show", "s.json", "edm", "-K", "2"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "learned: method closed form, average open loop" in text
+    assert "method closed form, average open loop" in text
     assert f"nfe {notes['nfe']}" in text
     assert "trajectories 12" in text
     assert "source stream module:Exact" in text
@@ -196,6 +196,10 @@ def test_show_tells_how_it_was_learned(here: Path, capsys: Any) -> None:
     cost = table.cost(artlib.edm(PROCESS, pinned=False)) / table.lower_bound()
     assert notes["cost_of_edm"] == pytest.approx(cost, abs=1e-3)
     assert notes["held_out"] == pytest.approx(table.held_out(8), abs=1e-3)
+    # A folder that is shared is as good as a file.
+    artlib.Schedule.load("s.json").save_pretrained("shared")
+    assert main(["show", "shared", "edm", "-K", "2"]) == 0
+    assert " ".join(capsys.readouterr().out.split()) == text
     # What a file says is one line, however it is written.
     wild = json.loads((here / "s.json").read_text())
     wild["provenance"] = {"source": "a\nb\x1b[2J", "start": {"method": "m"}, "k": None}

@@ -11,6 +11,7 @@ from pathlib import Path
 from .. import rivals, schedules
 from ..flow.processes import Process
 from ..schedules.constructors import Schedule
+from ..schedules.shared import FILE
 from .sources import STDOUT, InputError
 
 STDIN = STDOUT
@@ -36,7 +37,7 @@ def load_schedule(name: str, process: Process | None = None) -> Schedule:
     """A schedule from a file or standard input, or by the name of a formula.
 
     Args:
-        name: A path, `STDIN`, or a key of `FORMULAS`.
+        name: Path of a file or of a folder with one, `STDIN`, or a key of `FORMULAS`.
         process: For which a formula is to be made.
 
     Raises:
@@ -45,7 +46,9 @@ def load_schedule(name: str, process: Process | None = None) -> Schedule:
     """
     if name == STDIN:
         return Schedule.from_json(_read(), source="standard input")
-    if os.path.isfile(name):
+    if _is_stored(name):
+        if os.path.isdir(name):
+            return Schedule.from_pretrained(name)
         return Schedule.load(name)
     if name in FORMULAS and process is not None:
         return FORMULAS[name](process)
@@ -81,7 +84,7 @@ def load_schedules(
     """
     if list(names).count(STDIN) > 1:
         raise InputError("-: standard input can be read once; save it to a file")
-    formulas = [n for n in names if n != STDIN and not os.path.isfile(n)]
+    formulas = [n for n in names if n != STDIN and not _is_stored(n)]
     found = {n: load_schedule(n) for n in names if n not in formulas}
     if process is None and formulas:
         own = list(dict.fromkeys(schedule.process for schedule in found.values()))
@@ -98,10 +101,15 @@ def load_schedules(
 
 def _labels(names: Sequence[str]) -> dict[str, str]:
     """What to call schedules: short names where they tell them apart."""
-    short = {n: Path(n).stem if os.path.isfile(n) else n for n in names}
+    short = {n: Path(n).stem if _is_stored(n) else n for n in names}
     if STDIN in short:
         short[STDIN] = "standard input"
     return short if len(set(short.values())) == len(short) else {n: n for n in names}
+
+
+def _is_stored(name: str) -> bool:
+    """Whether it is a file, or the folder of a schedule."""
+    return os.path.isfile(name) or os.path.isfile(os.path.join(name, FILE))
 
 
 def _read() -> str:

@@ -13,11 +13,9 @@ from typing import Any
 from .._common.console import printable, say
 from .._common.files import write_bytes
 from ..schedules.constructors import Schedule
+from ..schedules.shared import notes
 from .named import load_schedules
 from .sources import STDOUT, InputError, check_free, deliver, parse_process
-
-_USUAL = ("library", "version", "made_by")
-"""Of a provenance: what every schedule has."""
 
 
 def show(args: argparse.Namespace) -> None:
@@ -67,17 +65,9 @@ def origin(schedule: Schedule) -> str:
     Returns:
         A few lines, two spaces in front, of printable characters.
     """
-    notes = schedule.provenance
-    parts = [
-        f"{_word(key)} {_word(value)}"
-        for key, value in notes.items()
-        if key not in _USUAL
-    ]
-    if parts:
-        text = f"learned: {', '.join(parts)}"
-    else:
-        text = f"made by {_word(notes.get('made_by', 'hand'))}"
-    by = [_word(notes[key]) for key in ("library", "version") if key in notes]
+    known = schedule.provenance
+    text = ", ".join(f"{key} {value}" for key, value in notes(known).items())
+    by = [printable(str(known[key])) for key in ("library", "version") if key in known]
     return textwrap.fill(
         "; ".join([text, " ".join(by)]) if by else text,
         width=88,
@@ -85,18 +75,6 @@ def origin(schedule: Schedule) -> str:
         subsequent_indent="    ",
         break_on_hyphens=False,
     )
-
-
-def _word(value: Any) -> str:
-    """A value of a provenance, short and on one line."""
-    if isinstance(value, str):
-        return printable(value.replace("_", " "))[:200]
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        named = value.get("method", value.get("made_by"))
-        return f"({_word(named)})" if isinstance(named, str) else "(...)"
-    return printable(str(value))[:60]
 
 
 def _described(label: str, schedule: Schedule, steps: list[int]) -> dict[str, Any]:

@@ -40,8 +40,9 @@ A SOURCE is a network to take steps for:
                         or --process and --shape do
 Nothing is downloaded, and nothing is unpickled.
 
-A SCHEDULE is a file written by "artlib learn", - for one on standard input, or a
-formula by name, for the process of the source, or of the files beside it:
+A SCHEDULE is a file written by "artlib learn", a folder that schedule.save_pretrained
+wrote, - for one on standard input, or a formula by name, for the process of the source
+or of the files beside it:
 {wrapped(FORMULAS)}
 (ays-... are published lists, each for the model that it names.)
 """
