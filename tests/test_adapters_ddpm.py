@@ -299,3 +299,23 @@ def test_refused() -> None:
     net = ddpm.denoiser(lambda x, step: {"sample": x}, TABLE)
     with pytest.raises(TypeError, match="network: expected it to return a tensor"):
         net(torch.ones(2, 3), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("integers", [False, True])
+def test_on_an_accelerator(accelerator: torch.device, integers: bool) -> None:
+    """Conditions and table come from the CPU."""
+    more: dict[str, Any] = {
+        "condition": {"label": torch.tensor([0, 1, 2])},
+        "unconditional": {"label": torch.tensor([0])},
+        "guidance": 2.0,
+        "integers": integers,
+    }
+    x_T = 20 * noise(3, 2, 4, 4)
+    grids = []
+    for device in (torch.device("cpu"), accelerator):
+        net = ddpm.denoiser(Small().to(device), TABLE, **more)
+        assert net(x_T.to(device), torch.tensor(2.0)).device.type == device.type
+        flow = artlib.ProbabilityFlow(net.process, net)
+        schedule = artlib.art(flow, x_T.to(device), points=8, method="heun", batch=2)
+        grids.append(schedule.grid(6))
+    torch.testing.assert_close(*grids, rtol=1e-3, atol=0)

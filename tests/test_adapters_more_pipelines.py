@@ -459,3 +459,17 @@ def test_inpainting_refused() -> None:
     flow = artlib.ProbabilityFlow(process, net)
     with pytest.raises(ValueError, match="known: 2 rows for 4 samples"):
         artlib.art(flow, torch.ones(4, 3), batch=2)
+
+
+def test_inpainting_on_an_accelerator(accelerator: torch.device) -> None:
+    """What is known comes from the CPU."""
+    process = artlib.VE(0.01, 20.0)
+    exact = artlib.Gaussian([1.0, -2.0], torch.eye(2)).denoiser(process)
+    net = inpainting(exact, noise(3, 2), torch.tensor([[True, False]]), process=process)
+    flow = artlib.ProbabilityFlow(process, net)
+    grid = artlib.edm(process).grid(5)
+    found = [
+        artlib.sample(flow, net.start(noise(3, 2).to(device)), grid).cpu()
+        for device in (torch.device("cpu"), accelerator)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)

@@ -13,6 +13,7 @@ diffusers itself is not imported here: all of it works on the objects that are g
 from ..._common.errors import ExportError
 from .export import pipeline_arguments, release, to_diffusers
 from .model import DiffusersDenoiser, denoiser, scheduler_process
+from .rules import schedulers
 
 __all__ = [
     "DiffusersDenoiser",
@@ -21,5 +22,6 @@ __all__ = [
     "pipeline_arguments",
     "release",
     "scheduler_process",
+    "schedulers",
     "to_diffusers",
 ]
