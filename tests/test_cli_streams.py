@@ -190,7 +190,8 @@ def test_show_tells_how_it_was_learned(here: Path, capsys: Any) -> None:
     assert "source stream module:Exact" in text
     assert f"cost of edm {notes['cost_of_edm']:.4g}" in text
     assert f"held out {notes['held_out']:.4g}" in text
-    assert "made by edm(rho=7.0, pinned=True); artlib 0." in text
+    assert f"; artlib {artlib.__version__} 2 steps" in text
+    assert "made by edm(rho=7.0, pinned=True) 2 steps" in text
     flow, x_T = source()
     table = artlib.stiffness_table(flow, x_T, points=24)
     cost = table.cost(artlib.edm(PROCESS, pinned=False)) / table.lower_bound()

@@ -66,8 +66,11 @@ def origin(schedule: Schedule) -> str:
         A few lines, two spaces in front, of printable characters.
     """
     known = schedule.provenance
-    text = ", ".join(f"{key} {value}" for key, value in notes(known).items())
+    found = notes(known)
+    text = ", ".join(f"{key} {value}" for key, value in found.items())
     by = [printable(str(known[key])) for key in ("library", "version") if key in known]
+    if "made by" in found:  # a formula is what it is in every version
+        by = []
     return textwrap.fill(
         "; ".join([text, " ".join(by)]) if by else text,
         width=88,
