@@ -571,7 +571,7 @@ def test_flux_end_to_end(kind: str, solver: str) -> None:
         output_type="latent",
     ).images
     expected = ours(net, schedule, x, 5, solver)
-    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def xl(scheduler: Any) -> Any:
@@ -656,4 +656,4 @@ def test_stable_diffusion_xl_end_to_end(
             output_type="latent",
         ).images
         expected = ours(net, schedule, x, 6, solver)
-        torch.testing.assert_close(found, expected, rtol=5e-3, atol=5e-3)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -269,6 +269,10 @@ def test_every_other_scheduler_is_refused_and_left_alone(name: str) -> None:
 def test_the_list_of_schedulers_is_that_of_the_release() -> None:
     assert schedulers().keys() == RULES.keys() | REFUSED.keys()
     assert not RULES.keys() & REFUSED.keys()
+    known = artlib.adapters.diffusers.schedulers()
+    assert list(known) == sorted(known)
+    assert {name for name, reason in known.items() if not reason} == RULES.keys()
+    assert {name: reason for name, reason in known.items() if reason} == REFUSED
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def test_ddpm_pipeline() -> None:
             output = pipe.unet(euler.scale_model_input(state, t), t).sample
             state = euler.step(output, t, state).prev_sample
     torch.testing.assert_close(
-        state, ours(net, schedule, x, 6, "euler"), rtol=2e-3, atol=2e-3
+        state, ours(net, schedule, x, 6, "euler"), rtol=1e-4, atol=1e-4
     )
 
 
@@ -301,7 +301,7 @@ def test_stable_diffusion_with_text_and_guidance(kind: str) -> None:
     solver = kind.lower()
     for K in (5, 3):  # held: any number of steps
         torch.testing.assert_close(
-            image(K), ours(net, schedule, x, K, solver), rtol=5e-3, atol=5e-3
+            image(K), ours(net, schedule, x, K, solver), rtol=1e-4, atol=1e-4
         )
     held = image(5)
     release(pipe.scheduler)
@@ -332,7 +332,7 @@ def test_image_to_image_strength_cuts_the_schedule() -> None:
     start = latents + float(grid[0]) * added
     flow = artlib.ProbabilityFlow(net.process, net)
     expected = artlib.sample(flow, start, grid)
-    torch.testing.assert_close(found, expected, rtol=5e-3, atol=5e-3)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{"shift": 3.0}, {"use_dynamic_shifting": True}])
@@ -385,7 +385,7 @@ def test_flow_matching_pipeline(options: dict[str, Any]) -> None:
             output_type="latent",
         ).images
         torch.testing.assert_close(
-            found, ours(net, schedule, x, K, "euler"), rtol=2e-3, atol=2e-3
+            found, ours(net, schedule, x, K, "euler"), rtol=1e-4, atol=1e-4
         )
 
 

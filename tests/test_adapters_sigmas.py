@@ -180,7 +180,7 @@ def test_node_as_comfyui_loads_it(tmp_path: Path) -> None:
     torch.testing.assert_close(own, torch.linspace(1, 0, 5))
     # Its arguments are the inputs it declares.
     names = call.__code__.co_varnames[1 : call.__code__.co_argcount]
-    assert list(inputs) == list(names)
+    assert [*inputs, *kind.INPUT_TYPES()["optional"]] == list(names)
     for name in ("../mine.json", "..", "", "gone.json", str(home / "mine.json")):
         with pytest.raises(ValueError, match="schedule: expected the name"):
             call(name, 5)
@@ -205,8 +205,8 @@ def test_node_says_when_its_file_has_changed(
     assert comfyui.ARTSigmas.IS_CHANGED("a.json") not in (first, second)
     assert comfyui.ARTSigmas.IS_CHANGED("../a.json") not in (first, second)
     # It is asked for all of the inputs by name.
-    names = comfyui.ARTSigmas.INPUT_TYPES()["required"]
-    assert list(signature(comfyui.ARTSigmas.IS_CHANGED).parameters) == list(names)
+    names = [n for kind in comfyui.ARTSigmas.INPUT_TYPES().values() for n in kind]
+    assert list(signature(comfyui.ARTSigmas.IS_CHANGED).parameters) == names
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,14 @@ from torch import Tensor
 import artlib
 from artlib.flow.flow import ProbabilityFlow
 from artlib.flow.processes import VE, VP, RectifiedFlow
-from artlib.rivals import JumpCosts, euler_jumps, girsanov, girsanov_bound
+from artlib.rivals import (
+    AYS,
+    JumpCosts,
+    ays,
+    euler_jumps,
+    girsanov,
+    girsanov_bound,
+)
 
 F64 = torch.float64
 PROCESSES = [VE(), VP(), RectifiedFlow()]
@@ -286,3 +293,58 @@ def test_more_noise_never_helps_a_loss() -> None:
     torch.testing.assert_close(found.grid(12), expected.grid(12), rtol=1e-6, atol=0)
     usual = girsanov(flow(rising), x_0, points=49).grid(12)
     assert not torch.allclose(found.grid(12), usual, rtol=1e-2)
+
+
+# Published lists.
+
+
+@pytest.mark.parametrize("model", AYS)
+def test_a_published_list_is_itself_at_ten_steps(model: str) -> None:
+    schedule = ays(model)
+    levels = torch.tensor(AYS[model], dtype=F64)
+    grid = schedule.grid(10)
+    torch.testing.assert_close(grid[:-1], levels[:-1], rtol=1e-12, atol=0)
+    assert float(grid[-1]) == 0
+    # Others are interpolated in the logarithm: every second level of 20 steps is the
+    # list, the rest lies in the middle.
+    fine = schedule.grid(20)[:-1]
+    torch.testing.assert_close(fine[::2], levels[:-1], rtol=1e-12, atol=0)
+    middle = (levels[1:] * levels[:-1]).sqrt()
+    torch.testing.assert_close(fine[1::2], middle, rtol=1e-12, atol=0)
+    assert schedule.provenance["model"] == model
+    assert artlib.Schedule.from_json(schedule.to_json()) == schedule
+
+
+def test_published_lists_are_those_of_diffusers() -> None:
+    schedulers = pytest.importorskip(
+        "diffusers.schedulers.scheduling_utils", reason="no diffusers"
+    )
+    theirs = {
+        "sd-1.5": "StableDiffusionSigmas",
+        "sdxl": "StableDiffusionXLSigmas",
+        "svd": "StableDiffusionVideoSigmas",
+    }
+    for model, name in theirs.items():
+        assert [*AYS[model][:-1], 0.0] == schedulers.AysSchedules[name]
+
+
+def test_published_lists_in_another_time() -> None:
+    flow = RectifiedFlow(t_min=0.029 / 1.029, t_max=14.615 / 15.615)
+    level = flow.noise_level(ays("sdxl", flow).grid(7)[:-1])
+    expected = ays("sdxl").grid(7)[:-1]
+    torch.testing.assert_close(level, expected, rtol=1e-4, atol=0)
+    # The range of the model's own table: its ends are exact.
+    process = VE(0.0291675, 14.6146)
+    grid = ays("sd-1.5", process).grid(10)
+    assert float(grid[0]) == 14.6146
+    torch.testing.assert_close(grid[1:-1], ays("sd-1.5").grid(10)[1:-1])
+
+
+def test_published_lists_refused() -> None:
+    with pytest.raises(ValueError, match=r"model: expected one of 'sd-1\.5'"):
+        ays("flux")
+    for process in (VE(), RectifiedFlow()):
+        with pytest.raises(ValueError, match="process: its noise levels run from"):
+            ays("sdxl", process)
+    with pytest.raises(TypeError, match="process: expected"):
+        ays("sdxl", "ve")  # type: ignore[arg-type]

@@ -5,13 +5,26 @@
 | `artlib.adapters.diffusers` | schedulers and networks of Hugging Face diffusers |
 | `artlib.adapters.k_diffusion` | k-diffusion, ComfyUI and all that takes its sigmas |
 | `artlib.adapters.comfyui` | a node for ComfyUI, with a schedule beside it |
+| `artlib.adapters.ddpm` | your own network, trained on a table of steps (example) |
 | `artlib.adapters.nvlabs` | networks called as ``net(x, sigma, class_labels)`` |
+
+`inpainting` keeps what is known of a sample, with any of their networks.
 
 None imports its framework: they work on the objects they are given. So that a damaged
 grid never reaches a sampler, an export either is exact to 1e-5 or raises `ExportError`.
 """
 
 from .._common.errors import ExportError
-from . import comfyui, diffusers, k_diffusion, nvlabs
+from . import comfyui, ddpm, diffusers, k_diffusion, nvlabs
+from .inpainting import InpaintingDenoiser, inpainting
 
-__all__ = ["ExportError", "comfyui", "diffusers", "k_diffusion", "nvlabs"]
+__all__ = [
+    "ExportError",
+    "InpaintingDenoiser",
+    "comfyui",
+    "ddpm",
+    "diffusers",
+    "inpainting",
+    "k_diffusion",
+    "nvlabs",
+]

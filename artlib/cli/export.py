@@ -11,13 +11,13 @@ import torch
 
 from .._common.console import say
 from ..schedules.constructors import Schedule
+from .named import STDIN, load_schedule
 from .sources import (
     STDOUT,
     InputError,
     check_free,
     deliver,
     load_component,
-    load_schedule,
     read_json,
 )
 
@@ -37,6 +37,11 @@ def export(args: argparse.Namespace) -> None:
     output = STDOUT if args.output is None else args.output
     if args.to != "comfyui":
         check_free(output, args.force)
+    if args.to == "comfyui" and args.schedule == STDIN and args.name is None:
+        raise InputError(
+            "--name: a schedule from standard input has no file's name; say what "
+            "the node's list is to call it"
+        )
     schedule = load_schedule(args.schedule)
     if args.to == "comfyui":
         if output == STDOUT:

@@ -1,8 +1,6 @@
 """The command ``artlib``: learn a schedule, look at it, compare it, hand it over.
 
-Exit status: 0 done; 1 the computation failed on the way; 2 the command line or what it
-names cannot be used (the message says what came, what was expected and what to do);
-130 interrupted, with nothing half-written; 141 whoever read the output has closed it.
+What the exit status means is in `texts.STATUS`, which ``--help`` prints.
 """
 
 from __future__ import annotations
@@ -10,67 +8,22 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from .._common.console import say
 from .._common.version import __version__
-from .commands import compare, draw, learn, show
+from .commands import compare, draw
 from .export import export
-from .sources import FORMULAS, place
+from .learn import learn
+from .show import show
+from .sources import place
+from .texts import EXPORT, LEARN, MAIN, SOURCES
 
-_SOURCES = f"""\
-A SOURCE is a network to take steps for:
-  fashion-base          a network of artlib's zoo, by name
-  path/to/pipeline      a folder that pipe.save_pretrained(...) of diffusers wrote
-  mymodule:make         a denoiser D(x, t), or a function without arguments that makes
-                        one; its attributes .process and .sample_shape say the rest,
-                        or --process and --shape do
-Nothing is downloaded, and nothing is unpickled.
-
-A SCHEDULE is a file written by "artlib learn", or a formula by name:
-  {", ".join(FORMULAS)}
-"""
-
-_MAIN = f"""\
-Where should a diffusion sampler spend its steps? Ask the model, once:
-
-  artlib learn fashion-base -o s.json          closed form: a minute, one file
-  artlib show s.json -K 10                     where ten steps fall
-  artlib compare fashion-base s.json edm-unpinned -K 5,10,20
-                                               error against NFE, matched noise
-  artlib export s.json --to k-diffusion -K 10  the list for your sampler
-  artlib sample fashion-base s.json -K 10 -o x.safetensors
-
-{_SOURCES}
-"artlib COMMAND --help" explains each command. Several GPUs:
-  accelerate launch -m artlib.cli learn SOURCE -o s.json
-"""
-
-_LEARN = """\
-Integrates reference paths from noise to data, measures how sharply they bend, and puts
-the steps where bending is dear. The default, the closed form, is done after that; with
---method rl the paper's actor-critic is trained on the same table.
-
-  artlib learn mymodule:make -o s.json --process ve:0.002,80 --shape 3,32,32
-  artlib learn path/to/pipeline -o s.json --class-label 3
-  artlib learn path/to/sd -o s.json --condition prompts.safetensors --guidance 7.5
-  artlib learn fashion-base -o s.json --method rl --checkpoint run.safetensors
-
-A condition file holds further arguments of the network, one row each or one per sample,
-for example encoder_hidden_states and unconditional.encoder_hidden_states. If the
-checkpoint exists, training continues from it.
-"""
-
-_EXPORT = """\
-  --to text          [80.0, ..., 0.0]: Python, JSON and most else
-  --to k-diffusion   the same as a line of PyTorch
-  --to json          times and sigmas with the process they belong to
-  --to diffusers     the argument of pipe(...), with the scheduler's own shift, ramp and
-                     final zero undone; needs --scheduler
-  --to comfyui       a folder for ComfyUI/custom_nodes, for any number of steps
-"""
+SOLVERS = ("euler", "heun", "rk4", "dpmpp_2m")
+"""Solvers by name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,16 +56,33 @@ def _run(args: argparse.Namespace) -> int:
             warnings.showwarning = _show_warning(args.command)
             args.run(args)
     except KeyboardInterrupt:
-        return _fail(args.command, "interrupted", 130)
+        return _fail(args.command, _interrupted(args), 130)
     except BrokenPipeError:
         raise
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        return _fail(args.command, _sentence(error), 2)
-    except RuntimeError as error:
-        return _fail(args.command, _sentence(error), 1)
-    except Exception as error:  # of the user's own denoiser, as a rule
-        return _fail(args.command, f"{type(error).__name__}: {_sentence(error)}", 1)
+    except Exception as error:
+        if args.debug:
+            say("".join(traceback.format_exception(error)), error=True, end="")
+        return _failed(args.command, error)
     return 0
+
+
+def _failed(command: str, raised: Exception) -> int:
+    """Say what went wrong; the exit status."""
+    try:
+        raise raised
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        return _fail(command, _sentence(error), 2)
+    except RuntimeError as error:
+        return _fail(command, _sentence(error), 1)
+    except Exception as error:  # of the user's own denoiser, as a rule
+        return _fail(command, f"{type(error).__name__}: {_sentence(error)}", 1)
+
+
+def _interrupted(args: argparse.Namespace) -> str:
+    checkpoint = getattr(args, "checkpoint", None)
+    if checkpoint is not None and os.path.exists(checkpoint):
+        return f"interrupted; the same command goes on from {checkpoint}"
+    return "interrupted"
 
 
 def _sentence(error: BaseException) -> str:
@@ -166,7 +136,7 @@ def _leave() -> None:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="artlib", description=_MAIN, formatter_class=raw
+        prog="artlib", description=MAIN, formatter_class=raw
     )
     parser.add_argument("--version", action="version", version=f"artlib {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -178,9 +148,12 @@ def _parser() -> argparse.ArgumentParser:
             name, help=summary, description=text, formatter_class=raw
         )
         made.set_defaults(run=run)
+        made.add_argument(
+            "--debug", action="store_true", help="after an error, where it came from"
+        )
         return made
 
-    one = command("learn", learn, "learn a schedule", f"{_LEARN}\n{_SOURCES}")
+    one = command("learn", learn, "learn a schedule", f"{LEARN}\n{SOURCES}")
     _add_source(one)
     one.add_argument(
         "-o",
@@ -197,7 +170,17 @@ def _parser() -> argparse.ArgumentParser:
         default="open_loop",
         help="closed form: the optimum, or the mean of the paths' own clocks",
     )
+    one.add_argument(
+        "--solver",
+        choices=SOLVERS,
+        help="closed form: match this solver's own error; by default the paper's |Q|, "
+        "which is Euler's",
+    )
     _add_samples(one, 64, "trajectories")
+    one.add_argument(
+        "--batch", type=_count, help="closed form: trajectories computed together (all)"
+    )
+    one.add_argument("--checkpoint", help="file to write on the way and to resume from")
     one.add_argument("--points", type=_count, default=64, help="times on a path (64)")
     one.add_argument(
         "--budget", type=_count, help="at most so many network evaluations (batches)"
@@ -206,26 +189,30 @@ def _parser() -> argparse.ArgumentParser:
     rl.add_argument("--iterations", type=_count, default=2000, help="(2000)")
     rl.add_argument("--steps", type=_count, default=18, help="steps of an episode (18)")
     rl.add_argument("--temperature", type=float, help="(0.02, less below 12 steps)")
-    rl.add_argument("--checkpoint", help="file to write on the way and to resume from")
     _add_common(one)
 
-    one = command("show", show, "print and draw schedules", _SOURCES)
+    one = command("show", show, "print and draw schedules", SOURCES)
     one.add_argument("schedules", nargs="+", metavar="SCHEDULE")
     _add_steps(one, several=True, default=[10])
-    one.add_argument("--process", help="of formulas, for example ve:0.002,80")
+    one.add_argument(
+        "--process",
+        help="of formulas, for example ve:0.002,80; by default that of the files",
+    )
+    _add_json(one)
     one.add_argument("--plot", metavar="FILE", help="a figure: .png, .svg or .pdf")
     one.add_argument("--force", action="store_true", help="replace what is there")
 
-    one = command("compare", compare, "error against NFE on one flow", _SOURCES)
+    one = command("compare", compare, "error against NFE on one flow", SOURCES)
     _add_source(one)
     one.add_argument("schedules", nargs="+", metavar="SCHEDULE")
     _add_steps(one, several=True, default=[5, 10, 20])
     _add_solver(one)
     _add_samples(one, 64, "samples per seed")
     one.add_argument("--seeds", type=_count, default=3, help="how many (3)")
+    _add_json(one)
     _add_common(one, writes=False)
 
-    one = command("export", export, "hand a schedule to a framework", _EXPORT)
+    one = command("export", export, "hand a schedule to a framework", EXPORT)
     one.add_argument("schedule", metavar="SCHEDULE", help="a file of artlib learn")
     one.add_argument(
         "--to",
@@ -242,13 +229,15 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--name", help="comfyui: name in the node's list")
     one.add_argument("--force", action="store_true", help="replace what is there")
 
-    one = command("sample", draw, "sample with a schedule", _SOURCES)
+    one = command("sample", draw, "sample with a schedule", SOURCES)
     _add_source(one)
     one.add_argument("schedule", metavar="SCHEDULE")
     _add_steps(one, several=False, default=10)
     _add_solver(one)
     _add_samples(one, 16, "samples")
-    one.add_argument("-o", "--output", required=True, help="a .safetensors file, or -")
+    one.add_argument(
+        "-o", "--output", required=True, help="a .safetensors file, a .png, or -"
+    )
     _add_common(one)
     return parser
 
@@ -261,6 +250,15 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--class-label", type=int, help="the class to condition on")
     group.add_argument("--condition", metavar="FILE", help="arguments, safetensors")
     group.add_argument("--guidance", type=float, default=1.0, help="its factor (1)")
+    group.add_argument(
+        "--guidance-rescale", type=float, default=0.0, help="its rescaled share (0)"
+    )
+    group.add_argument(
+        "--timestep-scale",
+        type=float,
+        help="what the network is told of the time, in units of the scheduler's: 1e-3 "
+        "for one like Flux that is not known here",
+    )
 
 
 def _add_samples(parser: argparse.ArgumentParser, default: int, what: str) -> None:
@@ -285,9 +283,15 @@ def _add_steps(
 def _add_solver(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--solver",
-        choices=("euler", "heun", "rk4", "dpmpp_2m"),
+        choices=SOLVERS,
         default="euler",
         help="default: euler",
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON instead of a table"
     )
 
 

@@ -20,11 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import schedules
 from .._common.files import check_output, write_bytes
 from ..flow.flow import ProbabilityFlow
 from ..flow.processes import VE, VP, Process, RectifiedFlow
-from ..schedules.constructors import Schedule
 
 
 class InputError(ValueError):
@@ -54,17 +52,6 @@ class Source:
         z = torch.randn(n, *self.shape, generator=rng, dtype=torch.float64)
         return (z * process.sigma(process.t_max)).to(self.device)
 
-
-FORMULAS: dict[str, Callable[[Process], Schedule]] = {
-    "uniform": schedules.uniform,
-    "edm": schedules.edm,
-    "edm-unpinned": lambda process: schedules.edm(process, pinned=False),
-    "log-snr": schedules.log_snr,
-    "log-snr-unpinned": lambda process: schedules.log_snr(process, pinned=False),
-    "kl-optimal": schedules.kl_optimal,
-    "beta": schedules.beta,
-}
-"""Schedules that the command line knows by name."""
 
 _PROCESSES: dict[str, Callable[..., Process]] = {
     "ve": VE,
@@ -100,6 +87,8 @@ def load_source(
     condition: str | None,
     guidance: float,
     device: torch.device,
+    guidance_rescale: float = 0.0,
+    timestep_scale: float | None = None,
 ) -> Source:
     """A flow from ``module:name``, a diffusers folder or the name of a zoo network.
 
@@ -112,18 +101,27 @@ def load_source(
         condition: A safetensors file with further arguments of such a network.
         guidance: Factor of classifier-free guidance.
         device: Where the network goes.
+        guidance_rescale: As `artlib.adapters.diffusers.denoiser` has it.
+        timestep_scale: The same.
 
     Raises:
         InputError: If there is no such thing, or something about it is not known.
     """
     wanted = parse_process(process) if process else None
-    conditioned = class_label is not None or condition is not None or guidance != 1
+    given = (class_label, condition, timestep_scale)
+    conditioned = any(v is not None for v in given) or guidance != 1 or guidance_rescale
     own_shape: tuple[int, ...] | None
     if Path(name).is_dir():
-        network, own_shape = _diffusers(Path(name), class_label, condition, guidance)
+        options = {
+            "guidance": guidance,
+            "guidance_rescale": guidance_rescale,
+            "timestep_scale": timestep_scale,
+        }
+        network, own_shape = _diffusers(Path(name), class_label, condition, options)
     elif conditioned:
         raise InputError(
-            "--class-label, --condition and --guidance go with a diffusers folder; for "
+            "--class-label, --condition, --guidance, --guidance-rescale and "
+            "--timestep-scale go with a diffusers folder; for "
             f"{name!r} build the condition into the denoiser"
         )
     elif ":" in name and not name.startswith("zoo:"):
@@ -164,29 +162,8 @@ def load_source(
     return Source(flow, tuple(sizes), name, device)
 
 
-def load_schedule(name: str, process: Process | None = None) -> Schedule:
-    """A schedule from a file, or by the name of a formula.
-
-    Args:
-        name: A path, or a key of `FORMULAS`.
-        process: For which a formula is to be made.
-
-    Raises:
-        InputError: If it is neither.
-        ScheduleFormatError: If the file is damaged or foreign.
-    """
-    if os.path.isfile(name):
-        return Schedule.load(name)
-    if name in FORMULAS and process is not None:
-        return FORMULAS[name](process)
-    if os.path.exists(name) and name not in FORMULAS:
-        raise InputError(f"{name}: is no file; expected one that artlib learn wrote")
-    also = f", and no name of a formula ({', '.join(FORMULAS)})" if process else ""
-    raise InputError(f"{name}: there is no such file{also}")
-
-
 STDOUT = "-"
-"""In place of a file's name: standard output."""
+"""In place of a file's name: standard output, or for what is read standard input."""
 
 
 def check_free(path: str | Path, force: bool) -> None:
@@ -304,7 +281,10 @@ def _zoo(name: str, process: Process | None) -> tuple[Any, tuple[int, ...] | Non
 
 
 def _diffusers(
-    folder: Path, class_label: int | None, condition: str | None, guidance: float
+    folder: Path,
+    class_label: int | None,
+    condition: str | None,
+    options: dict[str, float | None],
 ) -> tuple[Any, tuple[int, ...]]:
     """The network of a pipeline's folder as a denoiser, and its sample shape."""
     from ..adapters.diffusers import denoiser
@@ -322,9 +302,8 @@ def _diffusers(
     network = load_component(folder, kind, parts[kind], use_safetensors=True)
     scheduler = load_component(folder, "scheduler", parts.get("scheduler"))
     given, empty = _condition(class_label, condition)
-    net = denoiser(
-        network, scheduler, condition=given, unconditional=empty, guidance=guidance
-    )
+    more: dict[str, Any] = dict(options)
+    net = denoiser(network, scheduler, condition=given, unconditional=empty, **more)
     config = network.config
     size = getattr(config, "sample_size", None)
     channels = getattr(config, "in_channels", None)

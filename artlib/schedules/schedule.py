@@ -20,7 +20,7 @@ from ..flow.registry import (
     same_process,
     saved_process,
 )
-from . import file
+from . import file, shared
 from .checks import LastStep, check_labels, describe_origin, end_of_range, within
 from .table import Interpolation, Table, uniform_clock
 from .time_change import Formula, Linear, TimeChange
@@ -360,6 +360,51 @@ class Schedule:
         """
         text = file.read_text(path)
         return cls.from_json(text, source=os.fspath(path), process=process)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the schedule into a folder, in the layout that the Hub shares.
+
+        ``artlib_schedule.json``, and a card ``README.md`` that says how it was learned,
+        unless the folder has one of its own. It may be the folder of a pipeline.
+
+        Args:
+            folder: Made if missing.
+
+        Raises:
+            OSError: If it cannot be written to; an older schedule is then untouched.
+            TypeError: If it is no path, or the process cannot be saved, see `to_json`.
+        """
+        target = shared.folder_of(folder, "folder")
+        steps = shared.as_list(self.grid(10).tolist())
+        card = shared.card(self.name, str(self.process), self.provenance, steps)
+        shared.write_folder(target, self.to_json(), card)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        subfolder: str = "",
+        process: Process | None = None,
+    ) -> Schedule:
+        """Read a schedule from a folder that `save_pretrained` wrote.
+
+        Nothing is downloaded: the folder is on this machine, such as one that
+        ``huggingface_hub.snapshot_download`` returns.
+
+        Args:
+            folder: The folder.
+            subfolder: Within it, for a schedule that is part of a pipeline.
+            process: As in `from_json`.
+
+        Raises:
+            FileNotFoundError: If there is no schedule in it.
+            ScheduleFormatError: If it is none that this version can use.
+            TypeError: If ``folder`` is no path.
+            ValueError: If ``subfolder`` leads out of it.
+        """
+        found = shared.find(shared.folder_of(folder, "folder", subfolder))
+        return cls.load(found, process=process)
 
     def __repr__(self) -> str:
         return (

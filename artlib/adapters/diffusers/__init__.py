@@ -14,6 +14,7 @@ from ..._common.errors import ExportError
 from .export import pipeline_arguments, release, to_diffusers
 from .hook import Hooks, tell_network
 from .model import DiffusersDenoiser, denoiser, scheduler_process
+from .rules import schedulers
 
 __all__ = [
     "DiffusersDenoiser",
@@ -23,6 +24,7 @@ __all__ = [
     "pipeline_arguments",
     "release",
     "scheduler_process",
+    "schedulers",
     "tell_network",
     "to_diffusers",
 ]

@@ -23,10 +23,14 @@ from torch import Tensor
 
 from ..._common.checks import finite_float
 from ...flow.rows import Rows, take_rows
+from .times import innermost
 
 Condition: TypeAlias = Mapping[str, Any]
 """Keyword arguments of a network: tensors with one row, or one per sample; mappings or
 lists of such tensors. Shared ones (`SHARED`) and anything else pass as they are."""
+
+BESIDE_STATE = "concatenated"
+"""The name, in a condition, of what is put behind the channels of the state."""
 
 SHARED = frozenset(
     {"freqs_cis", "image_rotary_emb", "img_ids", "rotary_emb", "txt_ids"}
@@ -221,6 +225,18 @@ class Guidance:
 
         return {name: apply(value, name) for name, value in condition.items()}
 
+    def doubled(self, condition: Condition) -> dict[str, Any]:
+        """A condition for the same samples twice, one after the other.
+
+        Args:
+            condition: With a row for each sample, as the network is given it.
+        """
+
+        def twice(value: Tensor, name: str) -> Tensor:
+            return value.repeat(2, *[1] * (value.ndim - 1))
+
+        return self._map(condition, twice)
+
     def is_shared(self, value: Tensor, name: str) -> bool:
         """Whether samples share a tensor, or it has a row per sample (or one row)."""
         if name in ("img_ids", "txt_ids") and value.ndim == 3:
@@ -246,6 +262,54 @@ class Guidance:
             return torch.cat([a, b])
 
         return {name: join(value, second[name], name) for name, value in first.items()}
+
+
+def beside_state(x: Tensor, channels: Any, network: Any) -> Tensor:
+    """States with the channels of a condition behind their own.
+
+    Args:
+        x: States [N, C, *size], or [N, frames, C, *size] where the network has it so.
+        channels: What goes behind them, of the same size.
+        network: The network; a video network that counts frames first is known.
+
+    Raises:
+        ValueError: If the two do not have one size.
+    """
+    frames_first = type(innermost(network)).__name__.startswith("UNetSpatioTemporal")
+    axis = 2 if frames_first else 1
+    shapes = [
+        [*value.shape[:axis], *value.shape[axis + 1 :]]
+        for value in (x, channels)
+        if isinstance(value, Tensor)
+    ]
+    if len(shapes) < 2 or shapes[0] != shapes[1]:
+        found = tuple(channels.shape) if isinstance(channels, Tensor) else channels
+        raise ValueError(
+            f"condition: {BESIDE_STATE!r} goes behind the channels (axis {axis}) of "
+            f"states {tuple(x.shape)}, so it needs their size; got {found!r:.80}: "
+            "resize masks and images to the latents"
+        )
+    return torch.cat([x, channels], dim=axis)
+
+
+def cast_condition(value: Any, dtype: torch.dtype) -> Any:
+    """A condition's tensors for a network: floating ones in its dtype, all copies.
+
+    A network may write into them. Rows that are one row repeated need no copy: torch
+    refuses to write into those.
+    """
+    if isinstance(value, dict):
+        return {name: cast_condition(inner, dtype) for name, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(cast_condition(inner, dtype) for inner in value)
+    if not isinstance(value, Tensor):
+        return value
+    repeated = any(
+        step == 0 and size > 1
+        for step, size in zip(value.stride(), value.shape, strict=True)
+    )
+    kind = dtype if value.is_floating_point() else value.dtype
+    return value.to(kind, copy=not repeated)
 
 
 def _wrong_number(value: Tensor, name: str, count: int) -> ValueError:

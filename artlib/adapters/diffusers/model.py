@@ -35,7 +35,13 @@ from ...flow.ask import exact_time
 from ...flow.denoisers import Denoiser, Prediction, network_dtype
 from ...flow.processes import VE, Process, RectifiedFlow
 from ...flow.rows import Rows
-from .guidance import Condition, Guidance
+from .guidance import (
+    BESIDE_STATE,
+    Condition,
+    Guidance,
+    beside_state,
+    cast_condition,
+)
 from .times import (
     config_of,
     is_edm,
@@ -77,7 +83,9 @@ def denoiser(
         condition: Further arguments of the network with one row, or one per sample:
             ``{"class_labels": ...}``, ``{"encoder_hidden_states": ...}``, also nested,
             ``{"added_cond_kwargs": {...}}``, or in lists. Flux's ``img_ids`` and
-            ``txt_ids``, rotary embeddings and what is no tensor are shared.
+            ``txt_ids``, rotary embeddings and what is no tensor are shared. The name
+            ``"concatenated"`` is for channels that go behind those of the state: mask
+            and masked image of a network for inpainting, a depth map, a first frame.
         unconditional: The same for the empty prompt; needed for guidance.
         guidance: Factor of classifier-free guidance, 1 is none; the pipelines'
             ``guidance_scale``. It counts as one evaluation.
@@ -202,8 +210,10 @@ class DiffusersDenoiser(Denoiser):
     def _call(self, x: Tensor, time: Tensor, **condition: Any) -> Tensor:
         # Copies: a network may scale its input, or its time, in place.
         state, times = x.clone(), time.clone()
-        cast = {k: _cast(v, x.dtype) for k, v in condition.items()}
+        cast = {k: cast_condition(v, x.dtype) for k, v in condition.items()}
         network: Any = self.network
+        if BESIDE_STATE in cast:
+            state = beside_state(state, cast.pop(BESIDE_STATE), network)
         answer = network(state, timestep=times, return_dict=False, **cast)[0]
         if answer.ndim > 1 and answer.shape[1] == 2 * x.shape[1]:
             answer = answer[:, : x.shape[1]]  # the other half is a variance
@@ -237,7 +247,7 @@ def _formula(scheduler: Any) -> tuple[str, Callable[..., Tensor]]:
             "nothing about the sample; make it with prediction_type='v_prediction' if "
             "that is what the network predicts, or with rescale_betas_zero_snr=False"
         )
-    return prediction, _OfTable(prediction, time)
+    return prediction, OfTable(prediction, time)
 
 
 # Classes and not closures, so that a denoiser can be copied and pickled.
@@ -253,7 +263,9 @@ class _OfFlow:
 
 
 @dataclass(frozen=True)
-class _OfTable:
+class OfTable:
+    """The formula of a network that was trained on a table of steps."""
+
     prediction: str
     told: Callable[[Tensor], Tensor]
 
@@ -285,26 +297,6 @@ class _OfEDM:
 def _like(value: Tensor, x: Tensor) -> Tensor:
     # In this order: the device may have no float64.
     return value.to(x.dtype).to(x.device)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """A condition's tensors for the network: floating ones in its dtype, all copies.
-
-    A network may write into them. Rows that are one row repeated need no copy: torch
-    refuses to write into those.
-    """
-    if isinstance(value, dict):
-        return {name: _cast(inner, dtype) for name, inner in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_cast(inner, dtype) for inner in value)
-    if not isinstance(value, Tensor):
-        return value
-    repeated = any(
-        step == 0 and size > 1
-        for step, size in zip(value.stride(), value.shape, strict=True)
-    )
-    kind = dtype if value.is_floating_point() else value.dtype
-    return value.to(kind, copy=not repeated)
 
 
 def _unknown(prediction: str, of_what: str) -> ValueError:

@@ -299,3 +299,13 @@ REFUSED: dict[str, str] = {
     "VQDiffusionScheduler": _TOKENS,
 }
 """The others, and why."""
+
+
+def schedulers() -> dict[str, str]:
+    """The schedulers of diffusers 0.42 by name, and why some cannot hold a schedule.
+
+    Returns:
+        Names in order; an empty reason for those that `to_diffusers` sets.
+    """
+    reasons = {**dict.fromkeys(RULES, ""), **REFUSED}
+    return {name: reasons[name] for name in sorted(reasons)}

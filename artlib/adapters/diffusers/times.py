@@ -60,15 +60,34 @@ def no_signal_left(scheduler: Any) -> bool:
 def table_levels(scheduler: Any) -> np.ndarray:
     """Noise levels sigma/alpha of a scheduler's training timesteps, ascending [T].
 
+    Raises:
+        ValueError: As `levels_of`.
+    """
+    # In the scheduler's own float32, so that what it interpolates is inverted.
+    product = scheduler.alphas_cumprod.cpu().numpy()
+    return levels_of(
+        product,
+        "scheduler",
+        "so its betas are not those of a diffusion; check beta_start, beta_end, "
+        "trained_betas",
+    )
+
+
+def levels_of(product: np.ndarray, name: str, remedy: str) -> np.ndarray:
+    """Noise levels sigma/alpha of a table of alphas_cumprod, ascending [T].
+
     Where no signal is left at the last one (zero terminal SNR) its level would be
     infinite. Like the schedulers of diffusers that step in sigma it is given 2^-24, a
     level of 4096, or less where that is not less than the step before.
 
+    Args:
+        product: The table [T].
+        name: What it belongs to, for the message.
+        remedy: What to do about it, the same.
+
     Raises:
         ValueError: If the levels are not finite, positive and ascending.
     """
-    # In the scheduler's own float32, so that what it interpolates is inverted.
-    product = scheduler.alphas_cumprod.cpu().numpy()
     if product[-1] <= _SMALLEST:
         product = product.copy()
         product[-1] = min(_SMALLEST, product[-2] / 4)
@@ -78,9 +97,8 @@ def table_levels(scheduler: Any) -> np.ndarray:
         np.isfinite(levels).all() and levels[0] > 0 and (np.diff(levels) > 0).all()
     ):
         raise ValueError(
-            f"scheduler: the noise levels of its training steps, {levels[0]:.6g} ... "
-            f"{levels[-1]:.6g}, are not positive, finite and ascending, so its betas "
-            "are not those of a diffusion; check beta_start, beta_end, trained_betas"
+            f"{name}: the noise levels of its training steps, {levels[0]:.6g} ... "
+            f"{levels[-1]:.6g}, are not positive, finite and ascending, {remedy}"
         )
     return levels
 
@@ -91,7 +109,7 @@ def told(scheduler: Any) -> Callable[[Tensor], Tensor]:
         return _Multiple(float(scheduler.config.num_train_timesteps))
     if is_edm(scheduler) or tells_log(scheduler):
         return quarter_log
-    return _Steps(table_levels(scheduler))
+    return Steps(table_levels(scheduler))
 
 
 def quarter_log(level: Tensor) -> Tensor:
@@ -118,7 +136,7 @@ def tells_log(scheduler: Any) -> bool:
     )
 
 
-class _Steps:
+class Steps:
     """Fractional training step of a noise level, linear in its logarithm."""
 
     def __init__(self, table: np.ndarray) -> None:

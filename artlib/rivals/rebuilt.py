@@ -33,7 +33,7 @@ import torch
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
-from ._common.checks import (
+from .._common.checks import (
     as_grid,
     check_samples,
     generator,
@@ -41,14 +41,14 @@ from ._common.checks import (
     positive_int,
     require_finite,
 )
-from ._common.precision import full_precision
-from ._common.types import SeedLike
-from .flow.denoisers import CountNFE
-from .flow.flow import ProbabilityFlow, check_flow
-from .flow.noise_coordinate import log_level, log_level_dot, table_times
-from .flow.processes import Process, check_process
-from .flow.rows import in_batches
-from .schedules.constructors import Schedule, from_density
+from .._common.precision import full_precision
+from .._common.types import SeedLike
+from ..flow.denoisers import CountNFE
+from ..flow.flow import ProbabilityFlow, check_flow
+from ..flow.noise_coordinate import log_level, log_level_dot, table_times
+from ..flow.processes import Process, check_process
+from ..flow.rows import in_batches
+from ..schedules.constructors import Schedule, from_density
 
 __all__ = ["JumpCosts", "euler_jumps", "girsanov", "girsanov_bound"]
 

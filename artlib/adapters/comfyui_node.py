@@ -1,0 +1,224 @@
+"""A node for ComfyUI: choose a schedule and a number of steps, get SIGMAS.
+
+This file is the node. `artlib.adapters.comfyui.install` copies it into a folder of its
+own, as ``__init__.py`` beside the schedules it offers; that folder goes into ComfyUI's
+``custom_nodes``, and artlib is installed into ComfyUI's Python. In the graph, connect
+the node's SIGMAS to *SamplerCustom*, and to its ``model`` the MODEL that is sampled:
+then the coordinate is the model's, and a schedule that leaves its range is refused.
+
+Nothing of ComfyUI is imported. Of the MODEL only its ``model_sampling`` is looked at,
+which says by the names of its classes what the network predicts. (Models with a table
+of training steps are told the nearest one of a noise level, whatever the schedule.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, empty
+
+from artlib import ExportError, Schedule
+from artlib.adapters.k_diffusion import to_k_diffusion
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "ARTSigmas"]
+
+_STEPS = 10_000
+_GRID = 1_000_000
+"""Steps of the whole grid, of which ``denoise`` takes the last ones."""
+
+_COORDINATES = {"of the schedule": None, "sigma / alpha": "level", "flow": "flow"}
+
+_COUNTED_IN = {
+    "EPS": "level",
+    "V_PREDICTION": "level",
+    "V_PREDICTION_DDPM": "level",
+    "EDM": "level",
+    "X0": "level",
+    "COSMOS_RFLOW": "level",
+    "CONST": "flow",
+}
+"""By the class that says what a model of ComfyUI predicts, what its sigmas are."""
+
+
+class ARTSigmas:
+    """The node: schedule file, steps and denoise in, SIGMAS out."""
+
+    CATEGORY: ClassVar[str] = "sampling/custom_sampling/schedulers"
+    RETURN_TYPES: ClassVar[tuple[str, ...]] = ("SIGMAS",)
+    FUNCTION: ClassVar[str] = "get_sigmas"
+    FOLDER: ClassVar[Path] = Path(__file__).resolve().parent
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, dict[str, Any]]:
+        """What the node asks for; the schedules are the JSON files of its folder."""
+        denoise = {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01}
+        return {
+            "required": {
+                "schedule": (cls._names(),),
+                "steps": ("INT", {"default": 10, "min": 1, "max": _STEPS}),
+                "denoise": ("FLOAT", denoise),
+                "coordinate": (list(_COORDINATES),),
+            },
+            "optional": {"model": ("MODEL",)},
+        }
+
+    @classmethod
+    def IS_CHANGED(
+        cls,
+        schedule: str | None = None,
+        steps: int | None = None,
+        denoise: float | None = None,
+        coordinate: str | None = None,
+        model: object = None,
+    ) -> str:
+        """What ComfyUI keeps a result by, beside the inputs: the file's content.
+
+        What another node gives is not known yet and comes as None.
+
+        Args:
+            schedule: As in `get_sigmas`.
+            steps: Not looked at; ComfyUI compares the inputs itself.
+            denoise: The same.
+            coordinate: The same.
+            model: The same.
+
+        Returns:
+            The file's SHA-256, or that there is none; of all files where it is not
+            known which one it will be.
+        """
+        names = cls._names()
+        if schedule is None:
+            return " ".join(f"{name} {cls.IS_CHANGED(name)}" for name in names)
+        if schedule not in names:
+            return "missing"
+        return hashlib.sha256((cls.FOLDER / schedule).read_bytes()).hexdigest()
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        found = (p for p in cls.FOLDER.glob("*.json") if p.is_file())
+        return sorted(path.name for path in found)
+
+    def get_sigmas(
+        self,
+        schedule: str,
+        steps: int,
+        denoise: float = 1.0,
+        coordinate: str = "of the schedule",
+        model: Any = None,
+    ) -> tuple[Tensor]:
+        """The sigmas of ``steps`` steps.
+
+        Args:
+            schedule: Name of a file in the node's folder.
+            steps: Number of steps that are taken.
+            denoise: Share of the way; 0 gives an empty list, as ComfyUI's own do.
+            coordinate: What the model counts noise in; one of the node's choices.
+            model: The MODEL that is sampled, or None to check nothing.
+
+        Returns:
+            A tuple of float32 [steps + 1], on the CPU.
+
+        Raises:
+            ExportError: If the grid cannot be given in that coordinate, is not in the
+                model's, or leaves the range of noise that the model knows.
+            TypeError: If ``steps`` is no whole number.
+            ValueError: If there is no such schedule, or a number is out of its range.
+        """
+        if schedule not in (names := self._names()):
+            raise ValueError(
+                f"schedule: expected the name of a file in {self.FOLDER}, one of "
+                f"{names}, got {schedule!r}"
+            )
+        if isinstance(steps, bool) or not isinstance(steps, int):
+            raise TypeError(f"steps: expected a whole number, got {steps!r}")
+        if not 1 <= steps <= _STEPS:
+            raise ValueError(f"steps: expected 1 to {_STEPS}, got {steps}")
+        if not isinstance(denoise, int | float) or not 0 <= denoise <= 1:
+            raise ValueError(f"denoise: expected a share in [0, 1], got {denoise!r}")
+        if steps > _GRID * denoise > 0:
+            raise ValueError(
+                f"denoise: {denoise} of the way in {steps} steps would need a grid of "
+                f"more than {_GRID}; take fewer steps or a larger share"
+            )
+        if coordinate not in _COORDINATES:
+            raise ValueError(
+                f"coordinate: expected one of {list(_COORDINATES)}, got {coordinate!r}"
+            )
+        kind: Any = _COORDINATES[coordinate]
+        if model is not None:
+            kind = _agreed(kind, _coordinate_of(model))
+        if denoise == 0:
+            return (empty(0),)
+        grid = Schedule.load(self.FOLDER / schedule)
+        sigmas = to_k_diffusion(grid, steps, denoise=denoise, coordinate=kind)
+        if model is not None:
+            _check_range(sigmas, model, schedule)
+        return (sigmas,)
+
+
+def _sampling(model: Any) -> Any:
+    """What a MODEL of ComfyUI says about its noise.
+
+    Raises:
+        TypeError: If it is no MODEL.
+    """
+    get = getattr(model, "get_model_object", None)
+    if not callable(get):
+        raise TypeError(
+            f"model: expected a MODEL of ComfyUI, got {type(model).__name__}; connect "
+            "the output of a checkpoint loader, or nothing"
+        )
+    return get("model_sampling")
+
+
+def _coordinate_of(model: Any) -> str:
+    """What a model's sigmas are.
+
+    Raises:
+        ExportError: If that is not known.
+    """
+    names = [kind.__name__ for kind in type(_sampling(model)).__mro__]
+    known = [name for name in names if name in _COUNTED_IN]
+    if not known or any(name.startswith("IMG_TO_IMG") for name in names):
+        raise ExportError(
+            f"model: it is not known what the sigmas of {', '.join(names[:3])} are, or "
+            "it is not sampled from noise; leave the node's model unconnected to get "
+            "the list all the same"
+        )
+    return _COUNTED_IN[known[0]]
+
+
+def _agreed(wanted: str | None, own: str) -> str:
+    """The model's coordinate, if no other one is asked for."""
+    if wanted not in (None, own):
+        named = {value: name for name, value in _COORDINATES.items()}
+        raise ExportError(
+            f"coordinate: {named[wanted]!r} is not that of the model, whose sigmas are "
+            f"{named[own]!r}; choose 'of the schedule', which follows the model"
+        )
+    return own
+
+
+def _check_range(sigmas: Tensor, model: Any, schedule: str) -> None:
+    """Refuse noise that a model does not know (1e-4 for round-off).
+
+    Raises:
+        ExportError: If the list leaves the model's range.
+    """
+    sampling = _sampling(model)
+    low, high = float(sampling.sigma_min), float(sampling.sigma_max)
+    first, last = float(sigmas[0]), float(sigmas[-2])
+    if _coordinate_of(model) == "flow":
+        low = 0.0  # told as it is; the table behind it has no part in that
+    if first > high * (1 + 1e-4) or last < low * (1 - 1e-4):
+        raise ExportError(
+            f"schedule: {schedule} visits sigmas from {first:.6g} down to {last:.6g}, "
+            f"and the model knows {low:.6g} to {high:.6g}; take a schedule that was "
+            "learned on this model, or on a process of its range"
+        )
+
+
+NODE_CLASS_MAPPINGS = {"ARTSigmas": ARTSigmas}
+NODE_DISPLAY_NAME_MAPPINGS = {"ARTSigmas": "ART schedule"}
