@@ -656,3 +656,23 @@ def test_as_a_program(here: Path) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("artlib export: error: --steps")
+
+
+def test_tune_writes_a_plan_that_sample_runs(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["cli_module:denoiser", "--quiet", "--device", "cpu"]
+    limits = ["-n", "6", "--evaluations", "4", "--seconds", "0.01"]
+    assert main(["tune", *common, "--nfe", "3", "-o", "p.json", *limits]) == 0
+    said = capsys.readouterr().out
+    assert "3 evaluations: " in said
+    assert "pairs tried" in said
+    plan = artlib.Plan.load(here / "p.json")
+    assert plan.nfe == 3
+    drawn = ["-n", "5", "--seed", "2", "-o", "x.safetensors"]
+    assert main(["sample", *common, "p.json", *drawn]) == 0
+    assert "NFE 3" in capsys.readouterr().out
+    assert load_file(here / "x.safetensors")["x_0"].shape == (5, 2)
+    several = ["tune", *common, "--nfe", "3,4", "-o", "p.json", "--force"]
+    assert main(several) == 2
+    assert "{nfe}" in capsys.readouterr().err

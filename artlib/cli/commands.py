@@ -6,12 +6,16 @@ import argparse
 import json
 import sys
 
+from torch import Tensor
+
 from .. import comparison
 from .._common.console import say
+from ..schedules.plan import Plan
 from ..solvers.sample import nfe, sample
-from .named import load_schedule, load_schedules
+from ..solvers.solver import solver_of
+from .named import load_plan_or_schedule, load_schedules
 from .pictures import is_picture, sheet
-from .sources import STDOUT, InputError, check_free, deliver
+from .sources import STDOUT, InputError, Source, check_free, deliver
 from .surroundings import hidden, source_of, team_of
 
 
@@ -54,8 +58,6 @@ def compare(args: argparse.Namespace) -> None:
 
 def draw(args: argparse.Namespace) -> None:
     """Sample and write the samples."""
-    from safetensors.torch import save
-
     team = team_of(args.device)
     check_free(args.output, args.force)
     if args.output == STDOUT and sys.stdout is not None and sys.stdout.isatty():
@@ -65,7 +67,9 @@ def draw(args: argparse.Namespace) -> None:
         )
     source = source_of(args, team)
     picture = is_picture(args.output, source.shape)
-    schedule = load_schedule(args.schedule, source.flow.process)
+    schedule = load_plan_or_schedule(args.schedule, source.flow.process)
+    if isinstance(schedule, Plan):
+        return _draw_plan(args, source, schedule, picture)
     grid = schedule.grid(args.steps)
     x_T = source.noise(args.samples, args.seed)
     if team is None:
@@ -80,6 +84,26 @@ def draw(args: argparse.Namespace) -> None:
             return
     notes = {"source": source.label, "schedule": schedule.name, "solver": args.solver}
     notes |= {"nfe": str(nfe(grid, solver=args.solver)), "seed": str(args.seed)}
+    _deliver_samples(args, x_0, notes, picture)
+
+
+def _draw_plan(
+    args: argparse.Namespace, source: Source, plan: Plan, picture: bool
+) -> None:
+    """Sample a plan: its own steps, solver and told levels."""
+    x_0 = sample(source.flow, source.noise(args.samples, args.seed), plan)
+    name = solver_of(plan.solver).name
+    notes = {"source": source.label, "schedule": plan.name, "solver": name}
+    notes |= {"nfe": str(plan.nfe), "seed": str(args.seed)}
+    _deliver_samples(args, x_0, notes, picture)
+
+
+def _deliver_samples(
+    args: argparse.Namespace, x_0: Tensor, notes: dict[str, str], picture: bool
+) -> None:
+    """Write samples as a file or a picture, and say so."""
+    from safetensors.torch import save
+
     if picture:
         content = sheet(x_0)
     else:

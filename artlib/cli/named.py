@@ -10,7 +10,9 @@ from pathlib import Path
 
 from .. import rivals, schedules
 from ..flow.processes import Process
+from ..schedules import file
 from ..schedules.constructors import Schedule
+from ..schedules.plan import Plan
 from ..schedules.shared import FILE
 from .sources import STDOUT, InputError
 
@@ -63,6 +65,18 @@ def load_schedule(name: str, process: Process | None = None) -> Schedule:
         f"{name}: there is no such file, and no name of a formula "
         f"({', '.join(FORMULAS)})"
     )
+
+
+def load_plan_or_schedule(name: str, process: Process) -> Plan | Schedule:
+    """A plan from a file, or else a schedule as in `load_schedule`.
+
+    Raises:
+        InputError: As there.
+        ScheduleFormatError: As there.
+    """
+    if os.path.isfile(name) and f'"{file.PLAN.name}"' in file.read_text(name)[:100]:
+        return Plan.load(name)
+    return load_schedule(name, process)
 
 
 def load_schedules(

@@ -15,15 +15,17 @@ from typing import TextIO
 
 from .._common.console import say
 from .._common.version import __version__
+from ..solvers.solver import SOLVERS as BY_NAME
 from .commands import compare, draw
 from .export import export
 from .learn import learn
 from .show import show
 from .sources import place
-from .texts import EXPORT, LEARN, MAIN, SOURCES
+from .texts import EXPORT, LEARN, MAIN, SOURCES, TUNE
+from .tune import tune
 
-SOLVERS = ("euler", "heun", "rk4", "dpmpp_2m")
-"""Solvers by name."""
+SOLVERS = tuple(name for name, kind in BY_NAME.items() if not kind.adaptive)
+"""Names of the solvers that take a grid."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -191,6 +193,33 @@ def _parser() -> argparse.ArgumentParser:
     rl.add_argument("--temperature", type=float, help="(0.02, less below 12 steps)")
     _add_common(one)
 
+    one = command("tune", tune, "find the best sampler", f"{TUNE}\n{SOURCES}")
+    _add_source(one)
+    one.add_argument(
+        "--nfe",
+        type=_counts,
+        required=True,
+        help="network evaluations of a sample, or several: 5,8,10",
+    )
+    one.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        help="the plan's file (JSON), with {nfe} in its name for several; - prints",
+    )
+    _add_samples(one, 96, "noises, half of them held out")
+    one.add_argument("--batch", type=_count, help="noises computed together (all)")
+    one.add_argument(
+        "--seconds", type=float, help="no refinement begins after so long (no limit)"
+    )
+    one.add_argument(
+        "--evaluations",
+        type=_count,
+        help="batched evaluations of one refinement, at most (300 runs)",
+    )
+    one.add_argument("--checkpoint", help="file that keeps each plan that is done")
+    _add_common(one)
+
     one = command("show", show, "print and draw schedules", SOURCES)
     one.add_argument("schedules", nargs="+", metavar="SCHEDULE")
     _add_steps(one, several=True, default=[10])
@@ -229,9 +258,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--name", help="comfyui: name in the node's list")
     one.add_argument("--force", action="store_true", help="replace what is there")
 
-    one = command("sample", draw, "sample with a schedule", SOURCES)
+    one = command("sample", draw, "sample with a schedule or plan", SOURCES)
     _add_source(one)
-    one.add_argument("schedule", metavar="SCHEDULE")
+    one.add_argument(
+        "schedule", metavar="SCHEDULE", help="or a plan, whose steps and solver hold"
+    )
     _add_steps(one, several=False, default=10)
     _add_solver(one)
     _add_samples(one, 16, "samples")

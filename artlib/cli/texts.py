@@ -31,6 +31,16 @@ Exit status:
 """
 """What the program says by its exit status."""
 
+TUNE = """\
+Every solver on every untrained schedule, from the same noise; the best pairs told other
+noise levels, and refined by gradient; judged on noise that none of it has seen. Writes
+a plan (nodes, told levels, solver) and says what was tried and whether the winner's
+lead is resolved:
+
+  artlib tune fashion-base --nfe 8 -o plan.json
+  artlib sample fashion-base plan.json -o x.png
+"""
+
 SOURCES = f"""\
 A SOURCE is a network to take steps for:
   fashion-base          a network of artlib's zoo, by name
@@ -51,6 +61,7 @@ MAIN = f"""\
 Where should a diffusion sampler spend its steps? Ask the model, once:
 
   artlib learn fashion-base -o s.json          closed form: a minute, one file
+  artlib tune fashion-base --nfe 8 -o p.json   the best sampler for 8 evaluations
   artlib show s.json -K 10                     where ten steps fall
   artlib compare fashion-base s.json edm-unpinned -K 5,10,20
                                                error against NFE, matched noise
