@@ -300,3 +300,12 @@ def test_example_of_the_readme_runs(
 def test_status_page_is_current() -> None:
     command = [sys.executable, "tools/build_status.py", "--check"]
     subprocess.run(command, cwd=ROOT, check=True)
+
+
+def test_every_public_name_is_on_a_page_of_the_reference() -> None:
+    pages = "".join(read(p) for p in ROOT.glob("book/api/*.md"))
+    listed = re.findall(r"\.\. auto(?:function|class|exception):: artlib\.(\w+)", pages)
+    assert sorted(listed) == sorted(artlib.__all__)
+    for name in listed:
+        documented = getattr(artlib, name)
+        assert documented.__doc__, name
