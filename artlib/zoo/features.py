@@ -261,7 +261,7 @@ def features(
         torch.Size([400, 64])
     """
     path = _path(name)
-    if path.stem == imagenet.FILE:
+    if path.is_file() and imagenet.is_reference(path):
         mean, cov, header = imagenet.read_reference(path)
         reference = Reference(mean, cov, header["reference_n"])
         return FeatureNet(imagenet.build(), reference, header).to(device)

@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -162,6 +163,15 @@ def build() -> LiteNet:
 
 
 # The reference.
+
+
+def is_reference(path: Path) -> bool:
+    """Whether a file says that it is such a reference."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") == KIND
+    except (OSError, SafetensorError):
+        return False
 
 
 def read_reference(path: Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
