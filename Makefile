@@ -10,7 +10,7 @@ PIP_ARGS ?=
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test lint notebooks status full zoo bench clean
+.PHONY: help setup book test lint notebooks status full zoo cifar bench clean
 
 help:
 	@echo "make setup                create $(VENV) and install everything (book and test do it)"
@@ -21,6 +21,7 @@ help:
 	@echo "make status               the same, and write the runtimes on the build status page"
 	@echo "make full CHAPTER=10      a chapter at full size, as plain Python (use a GPU)"
 	@echo "make zoo                  train the networks that are not fully trained yet (use a GPU)"
+	@echo "make cifar                fetch CIFAR-10 (139 MB), check it, keep it outside the repository"
 	@echo "make bench                ratios: sampling overhead, cost of the closed form and of Q"
 	@echo "make clean                remove what was built (not $(VENV))"
 
@@ -59,6 +60,9 @@ full: $(INSTALLED)
 
 zoo: $(INSTALLED)
 	$(PY) -m artlib.zoo.train missing --out artlib/zoo/weights --checkpoints _build/zoo
+
+cifar: $(INSTALLED)
+	@$(PY) -m artlib.zoo.get_cifar
 
 bench: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(PY) tools/bench.py

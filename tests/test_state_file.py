@@ -135,6 +135,7 @@ def test_packaged_weights_are_known_as_a_whole(path: Path, tmp_path: Path) -> No
         "artlib-zoo-network": load,
         "artlib-zoo-autoencoder": load_autoencoder,
         "artlib-zoo-features": features,
+        "artlib-zoo-reference": features,
     }[kind]
     copy = alter(path, tmp_path / "copy.safetensors", name="another")
     with pytest.raises(StateFileError, match=r"copy\.safetensors: damaged, its header"):

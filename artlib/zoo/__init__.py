@@ -1,6 +1,6 @@
 """Small networks and data to try things on; nothing is downloaded unasked."""
 
-from .datasets import DATASETS, digits, emoji, fashion_mnist, mnist
+from .datasets import DATASETS, cifar10, digits, emoji, fashion_mnist, mnist
 from .features import FeatureNet, features
 from .measures import image_measure
 from .networks import ZooDenoiser, available, fully_trained, load, load_autoencoder
@@ -12,6 +12,7 @@ __all__ = [
     "FeatureNet",
     "ZooDenoiser",
     "available",
+    "cifar10",
     "digits",
     "emoji",
     "fashion_mnist",

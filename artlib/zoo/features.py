@@ -1,19 +1,22 @@
 r"""Feature networks: what a Frechet or kernel distance of images is measured in.
 
-FID measures in a network trained on ImageNet. The images here are small and grey, so
-small networks trained on them serve instead, and a distance carries the name of its
-network: it is comparable within this book, and with no published FID.
+FID measures in a network trained on ImageNet. For small images small networks trained
+on them serve instead, and for CIFAR-10 another network trained on ImageNet, see
+`artlib.zoo.imagenet`. A distance carries the name of its network: it is comparable
+within this book, and with no published FID.
 
 | name | network | trained to tell | features |
 | --- | --- | --- | --- |
 | `mnist` | LeNet-5 | the ten digits | 84 |
 | `fashion` | two convolutions | the ten classes | 64 |
 | `emoji` | the same, three colours | by which quarter turn an image is rotated | 64 |
+| `imagenet` | EfficientNet-Lite0 | the thousand classes of ImageNet | 1,280 |
 
 Emoji have no labels, so theirs learn from a task that makes its own (Gidaris et al.,
 https://arxiv.org/abs/1803.07728): rotation cannot be told without knowing what a thing
 looks like upright. Features are the last hidden layer, after its ReLU, scaled so that
-their mean variance over the training set is 1: that is the unit of the distances.
+their mean variance over the training set is 1: that is the unit of the distances. Only
+those of EfficientNet-Lite0, whose weights are not ours, are as they are.
 """
 
 from __future__ import annotations
@@ -36,13 +39,14 @@ from .._common.tensor_file import (
     is_text,
     read_state,
 )
+from . import imagenet
 from .networks import weight_file
 from .shipped import CHECK_SUMS
 
 KIND = "artlib-zoo-features"
 
 NAMES = {"mnist": "lenet-mnist", "fashion": "cnn-fashion", "emoji": "rotation-emoji"}
-"""Feature network of each data set."""
+"""Feature network of each data set that has one of its own."""
 
 # Images at once: about 100 MB of activations.
 _BATCH = 500
@@ -140,8 +144,8 @@ class FeatureNet:
     Args:
         network: A network with ``shape``, ``body`` (to features) and ``head``.
         reference: Statistics of the training set's features.
-        header: Of the weight file: ``name``, ``measure``, ``test_accuracy``, and how
-            it was trained.
+        header: Of the weight file: ``name``, ``measure``, ``test_accuracy`` if it is
+            known, and how it was trained.
 
     Attributes:
         name: Of the network.
@@ -149,12 +153,16 @@ class FeatureNet:
         shape: Channels, height and width of an image.
         reference: A `Reference`: (mean, cov, n).
         test_accuracy: Share of the test set that the network tells right, measured
-            with the half-precision weights that are stored.
+            with the half-precision weights that are stored; None for a network that
+            was trained for other classes.
         header: All that is known of it.
     """
 
     def __init__(
-        self, network: LeNet | SmallCNN, reference: Reference, header: dict[str, Any]
+        self,
+        network: LeNet | SmallCNN | imagenet.LiteNet,
+        reference: Reference,
+        header: dict[str, Any],
     ) -> None:
         self.network = network.requires_grad_(False).eval()
         self.reference = reference
@@ -162,7 +170,7 @@ class FeatureNet:
         self.name: str = header["name"]
         self.measure: str = header["measure"]
         self.shape = network.shape
-        self.test_accuracy: float = header["test_accuracy"]
+        self.test_accuracy: float | None = header.get("test_accuracy")
 
     def to(self, device: torch.device | str) -> FeatureNet:
         """Move the network (not the reference, which the metrics move); self."""
@@ -218,11 +226,13 @@ class FeatureNet:
                 f"feature network {self.name}, got {tuple(images.shape)}; another data "
                 f"set has another network, one of {sorted(NAMES)}"
             )
-        device = self.network.head.weight.device
+        network = self.network
+        device = network.head.weight.device
+        size = network.batch if isinstance(network, imagenet.LiteNet) else _BATCH
         return torch.cat(
             [
                 part(piece.to(device, torch.float32).clamp(-1.0, 1.0))
-                for piece in images.split(_BATCH)
+                for piece in images.split(size)
             ]
         )
 
@@ -234,13 +244,15 @@ def features(
 
     Args:
         name: ``"mnist"``, ``"fashion"`` or ``"emoji"``, or the path of a weight file
-            written by ``python -m artlib.zoo.train_features``.
+            written by ``python -m artlib.zoo.train_features``; or ``"imagenet"``, for
+            CIFAR-10: EfficientNet-Lite0, from the packages of the extra ``imagenet``.
         device: Where to put it.
 
     Raises:
         ValueError: If there is no network of that name.
         FileNotFoundError: If the weight file is missing.
         StateFileError: If it is damaged, of another kind or not what it should be.
+        ImportError: If ``"imagenet"`` is asked for and is not installed.
 
     Example:
         >>> import artlib
@@ -249,6 +261,10 @@ def features(
         torch.Size([400, 64])
     """
     path = _path(name)
+    if path.is_file() and imagenet.is_reference(path):
+        mean, cov, header = imagenet.read_reference(path)
+        reference = Reference(mean, cov, header["reference_n"])
+        return FeatureNet(imagenet.build(), reference, header).to(device)
     tensors, header = read_state(path, kind=KIND, known=CHECK_SUMS)
     rules: dict[str, Rule] = {
         "name": lambda name: is_text(name) and name in BUILD,
@@ -284,10 +300,17 @@ def features(
 def _path(name: str | os.PathLike[str]) -> Path:
     if Path(name).suffix == ".safetensors":
         return Path(name)
+    if str(name) == "imagenet":
+        if (path := weight_file(imagenet.FILE)) is None:
+            raise FileNotFoundError(
+                "imagenet: its reference is not packaged; measure it with: "
+                "python -m artlib.zoo.measure_imagenet"
+            )
+        return path
     if str(name) not in NAMES:
         raise ValueError(
-            f"name: expected one of {list(NAMES)} or the path of a .safetensors file, "
-            f"got {str(name)!r}"
+            f"name: expected one of {[*NAMES, 'imagenet']} or the path of a "
+            f".safetensors file, got {str(name)!r}"
         )
     path = weight_file(NAMES[str(name)])
     if path is None:

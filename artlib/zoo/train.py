@@ -5,6 +5,12 @@ be stopped at any time (Ctrl-C, a power cut) and continues from its last checkpo
 it is given again. It ends by writing the half-precision weights, and beside them, as
 JSON, the recipe, the loss curve, the time it took and the device. They go to the
 user's cache, where `artlib.zoo.load` looks too, or to the folder of ``--out``.
+
+``--minutes`` or ``--seconds`` end a run early: its checkpoint is kept, so that it can
+go on, and the weights as far as they are trained are written too. With ``--seconds 0``
+that is all that is done with a checkpoint. ``--fast`` is for a GPU: noise is drawn
+there and the network computes in bfloat16; ``--compile`` makes it faster still, after a
+minute.
 """
 
 from __future__ import annotations
@@ -12,8 +18,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._common.checks import positive_int
 from .._common.console import say
 from .._common.errors import TrainingError
 from .._common.files import check_output, write_bytes
@@ -64,6 +73,9 @@ def train(
     every: int = 500,
     progress: bool = True,
     checkpoints: Path | None = None,
+    seconds: float = math.inf,
+    fast: bool = False,
+    compiled: bool = False,
 ) -> Path:
     """Train, or continue to train, and write the weights.
 
@@ -75,6 +87,10 @@ def train(
         every: Steps between checkpoints.
         progress: Whether to show a progress bar.
         checkpoints: Where, meanwhile, the checkpoint is written; by default ``folder``.
+        seconds: Stop after that time, with a checkpoint, and write the weights as far
+            as they are trained.
+        fast: Whether noise is drawn on the device, and the network is in bfloat16.
+        compiled: Whether the network is compiled first.
 
     Returns:
         The weight file.
@@ -83,15 +99,31 @@ def train(
         OSError: If the folder cannot be written to; what was there is intact.
         StateFileError: If the checkpoint there is damaged or of another run.
         TrainingError: If the loss is NaN; the last checkpoint is intact.
+        ValueError: If the time is over before the first step.
     """
     weights, written = (folder / f"{chosen.name}.{s}" for s in ("safetensors", "json"))
     checkpoint = (checkpoints or folder) / f"{chosen.name}.checkpoint.safetensors"
     for path in (weights, written, checkpoint):
         path.parent.mkdir(parents=True, exist_ok=True)
         check_output(path)
-    trainer = Trainer(chosen, images, device=device)
-    for _ in trainer.train(checkpoint=checkpoint, every=every, progress=progress):
-        pass
+    until = time.monotonic() + seconds
+    trainer = Trainer(
+        chosen,
+        images,
+        device=device,
+        draws="device" if fast else "cpu",
+        bf16=fast,
+        compiled=compiled,
+    )
+    if seconds <= 0 and checkpoint.exists():
+        trainer.load(checkpoint)
+    if seconds > 0:
+        for _ in trainer.train(every=every, checkpoint=checkpoint, progress=progress):
+            if time.monotonic() >= until:
+                trainer.pause(checkpoint)
+                break
+    if not trainer.step:
+        raise ValueError("seconds: too few for one step; nothing was written")
     if isinstance(trainer.average, Autoencoder):
         trainer.average.normalise(trainer.images)
     on = torch.device(device)
@@ -101,7 +133,7 @@ def train(
         if on.type == "cuda"
         else f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s)",
         "seconds": round(trainer.seconds),
-        "steps": trainer.steps,
+        "steps": trainer.step,
         "versions": {"artlib": __version__, "torch": torch.__version__},
     }
     header = {
@@ -115,7 +147,8 @@ def train(
     parameters = sum(p.numel() for p in trainer.network.parameters())
     record = {**header, "parameters": parameters, "loss_per_50_steps": losses}
     write_bytes(written, (json.dumps(record, indent=1) + "\n").encode())
-    checkpoint.unlink()
+    if trainer.step >= trainer.steps:
+        checkpoint.unlink()
     return weights
 
 
@@ -143,12 +176,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--checkpoints", type=Path, help="another folder for what is kept meanwhile"
     )
+    box = parser.add_mutually_exclusive_group()
+    box.add_argument("--minutes", type=float, help="stop after that, to go on later")
+    box.add_argument("--seconds", type=float, help="the same, in seconds")
+    parser.add_argument("--every", type=int, default=500, help="steps per checkpoint")
+    parser.add_argument(
+        "--fast", action="store_true", help="noise on the device, bfloat16 (for a GPU)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the network first"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     given = parser.parse_args(arguments)
     if given.threads:
         torch.set_num_threads(given.threads)
     changed = {f: v for f in _OVERRIDES if (v := getattr(given, f)) is not None}
     names = dict.fromkeys(given.names)
+    seconds = math.inf if given.seconds is None else given.seconds
+    if given.minutes is not None:
+        seconds = 60 * given.minutes
+    until = time.monotonic() + seconds
     try:
         folder = given.out or trained_folder()
         if "missing" in names:
@@ -156,7 +203,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             names = dict.fromkeys(
                 n for n in RECIPES if not any(fully_trained(n, p) for p in places)
             )
-        for name in names:
+        for place, name in enumerate(names):
+            if place and time.monotonic() >= until:
+                say(f"time is over; not begun: {', '.join(list(names)[place:])}")
+                break
             chosen = replace(recipe(name), **changed)
             path = train(
                 chosen,
@@ -164,7 +214,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 folder,
                 device=given.device,
                 progress=not given.quiet,
+                every=positive_int(given.every, "--every"),
                 checkpoints=given.checkpoints,
+                seconds=until - time.monotonic(),
+                fast=given.fast,
+                compiled=given.compile,
             )
             print(path, flush=True)
     except (OSError, StateFileError, TrainingError, ValueError) as error:

@@ -2,16 +2,21 @@
 
 One step draws a batch of images, asks the recipe for its loss, and takes an Adam step
 with clipped gradients. What is kept is the exponential moving average of the weights.
+
+On a GPU, images and network are there, the optimiser is fused and the average is taken
+of all weights at once. With ``draws="device"`` the noise is drawn there too, so that no
+step waits for the CPU; ``bf16`` and ``compiled`` make the network itself faster.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +55,19 @@ class Trainer:
     """A training run: network, moving average, optimiser and random numbers.
 
     On one device and thread count a run that was stopped and continued gives the same
-    bits as one that was not.
+    bits as one that was not. A run may also be continued on another device; where its
+    random numbers cannot go on there, as with ``draws="device"``, others take over.
 
     Args:
         recipe: What to train.
         images: The training set [N, *shape], float32.
         device: Where.
         steps: Other than the recipe's number of steps.
+        draws: Where batches and noise are drawn: ``"cpu"``, the same numbers for every
+            device, or ``"device"``, which is faster on a GPU.
+        bf16: Whether the network computes in bfloat16 where that is safe (autocast);
+            weights, loss and optimiser stay in float32.
+        compiled: Whether a score network is compiled by `torch.compile` first.
 
     Attributes:
         network: The network as trained.
@@ -67,7 +78,8 @@ class Trainer:
         seconds: Time spent, over all the pieces of an interrupted run.
 
     Raises:
-        ValueError: If the images are not finite or of another shape.
+        ValueError: If the images are not finite or of another shape, or ``draws`` is
+            no such place.
     """
 
     def __init__(
@@ -77,6 +89,9 @@ class Trainer:
         *,
         device: torch.device | str = "cpu",
         steps: int | None = None,
+        draws: Literal["cpu", "device"] = "cpu",
+        bf16: bool = False,
+        compiled: bool = False,
     ) -> None:
         images = check_samples(images, "images").float()
         if tuple(images.shape[1:]) != recipe.config.shape:
@@ -84,7 +99,10 @@ class Trainer:
                 f"images: expected [N, {', '.join(map(str, recipe.config.shape))}] for "
                 f"{recipe.name}, got {tuple(images.shape)}"
             )
+        if draws not in ("cpu", "device"):
+            raise ValueError(f"draws: expected 'cpu' or 'device', got {draws!r}")
         self.recipe = recipe
+        self.bf16 = bf16
         self.device = torch.device(device)
         self.steps = positive_int(recipe.steps if steps is None else steps, "steps")
         self.images = images.to(self.device)
@@ -96,10 +114,19 @@ class Trainer:
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.network)
         self.average.eval()
+        if compiled:
+            self.network.compile()
+        self._fused = self.device.type == "cuda"
         self.optimizer = torch.optim.Adam(
-            self.network.parameters(), lr=recipe.rate, betas=(0.9, 0.99)
+            self.network.parameters(),
+            lr=recipe.rate,
+            betas=(0.9, 0.99),
+            fused=self._fused or None,
         )
-        self._rng = torch.Generator().manual_seed(recipe.seed)
+        self._weights: list[Tensor] = list(self.network.parameters())
+        self._averaged: list[Tensor] = list(self.average.parameters())
+        place = self.device if draws == "device" else torch.device("cpu")
+        self._rng = torch.Generator(place).manual_seed(recipe.seed)
         self.step = 0
         self.losses: list[float] = []
         self.seconds = 0.0
@@ -153,28 +180,28 @@ class Trainer:
     def _learn(self) -> None:
         recipe = self.recipe
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.rate * self._schedule()
-        rows = torch.randint(len(self.images), (recipe.batch,), generator=self._rng)
+            group["lr"] = recipe.rate * recipe.rate_share(self.step, self.steps)
+        rng = self._rng
+        shape = (recipe.batch,)
+        rows = torch.randint(len(self.images), shape, generator=rng, device=rng.device)
         batch = self.images[rows.to(self.device)]
-        loss = recipe.loss(self.network, batch, self.sigma_data, self._rng)
+        with self._precision():
+            loss = recipe.loss(self.network, batch, self.sigma_data, rng)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self._weights, 1.0)
         self.optimizer.step()
         self.step += 1
         # A short average first: the initial weights are no part of the answer.
         decay = min(recipe.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            for mean, new in zip(
-                self.average.parameters(), self.network.parameters(), strict=True
-            ):
-                mean.lerp_(new, 1 - decay)
+            torch._foreach_lerp_(self._averaged, self._weights, 1 - decay)
         self._recent += loss.detach()
 
-    def _schedule(self) -> float:
-        """Share of the peak learning rate at the step that comes."""
-        rise = min(1.0, (self.step + 1) / self.recipe.warm_up)
-        return rise * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if not self.bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def _look(self, bar: tqdm[Any]) -> None:
         """Close the running mean of the loss, and refuse NaN before it is saved."""
@@ -183,16 +210,30 @@ class Trainer:
             return
         loss = float(self._recent) / done
         if not math.isfinite(loss):
-            raise TrainingError(
-                f"{self.recipe.name}, step {self.step}: the loss is {loss}; lower the "
-                "learning rate, or check the images. The last checkpoint is intact"
-            )
+            raise self._diverged(loss)
         if done == _CHECKED:
             self.losses.append(loss)
             self._recent.zero_()
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
+    def _diverged(self, loss: float) -> TrainingError:
+        return TrainingError(
+            f"{self.recipe.name}, step {self.step}: the loss is {loss}; lower the "
+            "learning rate, or check the images. The last checkpoint is intact"
+        )
+
     # Checkpoints.
+
+    def pause(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint between two looks at the loss.
+
+        Raises:
+            TrainingError: If the loss is NaN; an older checkpoint is intact.
+            OSError: If it cannot be written; the same.
+        """
+        if not math.isfinite(float(self._recent)):
+            raise self._diverged(float(self._recent))
+        self.save(path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint, atomically.
@@ -213,12 +254,16 @@ class Trainer:
     def load(self, path: str | os.PathLike[str]) -> None:
         """Continue from a checkpoint of the same recipe, length and data.
 
+        The length may be another one if the recipe is `endless`.
+
         Raises:
             StateFileError: If it is damaged or of another run.
         """
         tensors, header = read_state(path, kind=_KIND)
         check_header(header, path, _RULES)
-        own = {"recipe": self.recipe.to_dict(), "steps": self.steps}
+        own: dict[str, Any] = {"recipe": self.recipe.to_dict(), "steps": self.steps}
+        if self.recipe.endless:
+            own = {"recipe": {**own["recipe"], "steps": header["recipe"].get("steps")}}
         other = [
             name
             for name, value in own.items()
@@ -234,14 +279,19 @@ class Trainer:
         self._check_fit(tensors, header, path)
         for prefix, module in (("net.", self.network), ("ema.", self.average)):
             module.load_state_dict(_part(tensors, prefix))
+        # A fused optimiser counts its steps on the device.
+        counts_on = self.device if self._fused else torch.device("cpu")
         for name, parameter in self.network.named_parameters():
             if f"m.{name}" in tensors:
                 self.optimizer.state[parameter] = {
-                    "step": tensors["adam_step"].clone(),
+                    "step": tensors["adam_step"].clone().to(counts_on),
                     "exp_avg": tensors[f"m.{name}"].to(parameter),
                     "exp_avg_sq": tensors[f"v.{name}"].to(parameter),
                 }
-        self._rng.set_state(tensors["rng"])
+        if tensors["rng"].shape == self._rng.get_state().shape:
+            self._rng.set_state(tensors["rng"])
+        else:  # drawn on another kind of device, whose state says nothing here
+            self._rng.manual_seed(self.recipe.seed + header["step"])
         self._recent = tensors["recent"].to(self.device)
         self.step, self.losses = header["step"], header["losses"]
         self.seconds = header["seconds"]
@@ -260,7 +310,8 @@ class Trainer:
             name
             for name, own in wanted.items()
             if name not in tensors
-            or (tensors[name].shape, tensors[name].dtype) != (own.shape, own.dtype)
+            or tensors[name].dtype != own.dtype
+            or (tensors[name].shape != own.shape and name != "rng")
         ]
         fits = step <= self.steps and len(header["losses"]) == step // _CHECKED
         if step:
