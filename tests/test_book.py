@@ -303,7 +303,7 @@ def test_status_page_is_current() -> None:
 
 
 def test_every_public_name_is_on_a_page_of_the_reference() -> None:
-    pages = "".join(read(p) for p in ROOT.glob("book/api/*.md"))
+    pages = "".join(p.read_text() for p in ROOT.glob("book/api/*.md"))
     listed = re.findall(r"\.\. auto(?:function|class|exception):: artlib\.(\w+)", pages)
     assert sorted(listed) == sorted(artlib.__all__)
     for name in listed:

@@ -1,7 +1,7 @@
 """Docstrings are written to be read in an editor; a few signs mean something to Sphinx.
 
-Shapes such as ``[N, *shape]`` and absolute values such as ``|Q|`` are escaped on the way
-into the API pages, outside of code and mathematics.
+Shapes such as ``[N, *shape]`` and absolute values such as ``|Q|`` are escaped on their
+way into the API pages, outside of code and mathematics.
 """
 
 from __future__ import annotations
