@@ -225,7 +225,7 @@ def test_bad_arguments_are_refused(case: int) -> None:
 
 def problem_of(reference: Tensor | None = None) -> tuple[Any, Tensor]:
     """Refine's own problem on anisotropic Gaussian data, and the logits of a start."""
-    module = importlib.import_module("artlib.refine")
+    module = importlib.import_module("artlib.control.few_steps")
     process = VE()
     lam = torch.tensor([1.0, 0.04], dtype=torch.float64)
     target = artlib.Gaussian(torch.zeros(2, dtype=torch.float64), torch.diag(lam))
@@ -266,7 +266,7 @@ def test_held_out_noise_judges_and_moves_nothing() -> None:
 def test_the_search_stops_after_eight_iterations_without_a_gain(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    module = importlib.import_module("artlib.refine")
+    module = importlib.import_module("artlib.control.few_steps")
     judged = []
 
     def no_gain(self: Any, nodes: Tensor) -> float:
