@@ -34,7 +34,7 @@ from .flow.processes import VE, Process, as_time, check_process
 from .schedules.constructors import edm, kl_optimal, log_snr
 from .schedules.plan import Plan
 from .solvers.integrate import integrate
-from .solvers.solver import SolverLike, Step, solver_of
+from .solvers.solver import SolverLike, solver_of
 
 _STARTS = 6
 _ROUND_OFF = 1e-10
@@ -144,7 +144,7 @@ def _output_std(
 
 
 def _check_linear(
-    process: Process, lam: Tensor, nodes: Tensor, solver: Step, std: Tensor
+    process: Process, lam: Tensor, nodes: Tensor, solver: SolverLike, std: Tensor
 ) -> None:
     """Refuse a step that does not multiply every coordinate by a number of its own."""
     alpha, sigma = process.alpha(nodes[0]), process.sigma(nodes[0])

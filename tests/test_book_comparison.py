@@ -11,6 +11,7 @@ import torch
 import artlib
 import artlib.zoo
 from artlib import book
+from artlib.book import results
 
 PROCESS = artlib.VE(sigma_max=20.0)
 
@@ -214,27 +215,28 @@ def test_damaged_results_are_refused_by_name(text):
 
 def test_results_do_not_make_the_commit_look_changed(tmp_path, monkeypatch):
     repository = tmp_path / "repository"
-    for file in ("artlib/book.py", "notebooks/results/a.json"):
+    for file in ("artlib/book/results.py", "notebooks/results/a.json"):
         (repository / file).parent.mkdir(parents=True, exist_ok=True)
         (repository / file).write_text("1")
     identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "x"]):
         subprocess.run(["git", *command], cwd=repository, check=True)
-    monkeypatch.setattr(book, "__file__", str(repository / "artlib" / "book.py"))
-    clean = book._commit()
+    code = repository / "artlib" / "book" / "results.py"
+    monkeypatch.setattr(results, "__file__", str(code))
+    clean = results._commit()
     assert len(clean) == 12
     (repository / "notebooks/results/a.json").write_text("2")
-    assert book._commit() == clean
-    (repository / "artlib/book.py").write_text("2")
-    assert book._commit() == clean + "+"
+    assert results._commit() == clean
+    code.write_text("2")
+    assert results._commit() == clean + "+"
     # A package installed into an environment inside this repository is not of it.
-    inside = tmp_path / "venv" / "site-packages" / "artlib"
+    inside = tmp_path / "venv" / "site-packages" / "artlib" / "book"
     inside.mkdir(parents=True)
-    monkeypatch.setattr(book, "__file__", str(inside / "book.py"))
+    monkeypatch.setattr(results, "__file__", str(inside / "results.py"))
     monkeypatch.delenv("ARTLIB_COMMIT", raising=False)
-    assert book._commit() == "unknown"
+    assert results._commit() == "unknown"
     monkeypatch.setenv("ARTLIB_COMMIT", "0123456789ab")
-    assert book._commit() == "0123456789ab"
+    assert results._commit() == "0123456789ab"
 
 
 def test_a_schedule_is_learned_in_a_full_run_and_read_afterwards(monkeypatch):

@@ -49,7 +49,7 @@ def write_library(folder: Path, state: str) -> Path:
     """What the cell needs of a clone: a library that says which state it is."""
     files = {
         "artlib/__init__.py": "",
-        "artlib/book.py": BOOK.format(state=state),
+        "artlib/book/__init__.py": BOOK.format(state=state),
         "notebooks/results/a.json": "{}",
         "tools/first_cell.py": "",
     }
@@ -156,7 +156,7 @@ def test_fresh_machine_clones_the_release_and_installs_it(machine: Machine) -> N
     done = machine.run()
     state, file, folder, device = outcome(done)
     assert state == "the release"
-    assert file == str(machine.clone / "artlib" / "book.py")
+    assert file == str(machine.clone / "artlib" / "book" / "__init__.py")
     assert folder == str(machine.clone / "notebooks")
     assert device == "cpu"
     assert machine.pip() == [
@@ -211,7 +211,9 @@ def test_failed_install_is_made_up_for(machine: Machine) -> None:
     assert len(machine.pip()) == 2
 
 
-@pytest.mark.parametrize("left", [[], [".git/HEAD"], [".git/HEAD", "artlib/book.py"]])
+@pytest.mark.parametrize(
+    "left", [[], [".git/HEAD"], [".git/HEAD", "artlib/book/__init__.py"]]
+)
 def test_half_a_clone_is_put_aside(machine: Machine, left: list[str]) -> None:
     machine.clone.mkdir()
     for name in left:
@@ -268,7 +270,9 @@ def test_kernel_without_the_library_inside_a_clone(
     machine: Machine, place: str
 ) -> None:
     done = machine.run(colab=False, cwd=machine.repository / place, PATH="")
-    assert outcome(done)[1] == str(machine.repository / "artlib" / "book.py")
+    assert outcome(done)[1] == str(
+        machine.repository / "artlib" / "book" / "__init__.py"
+    )
     assert len(done.stdout.splitlines()) == 1, "nothing is printed"
 
 
@@ -276,7 +280,9 @@ def test_chapter_in_a_clone_opened_from_another_folder(machine: Machine) -> None
     chapter = machine.repository / "notebooks" / "04-x.ipynb"
     scope = {"__vsc_ipynb_file__": str(chapter)}  # as VS Code says it
     done = machine.run(colab=False, cwd=machine.folder, scope=scope)
-    assert outcome(done)[1] == str(machine.repository / "artlib" / "book.py")
+    assert outcome(done)[1] == str(
+        machine.repository / "artlib" / "book" / "__init__.py"
+    )
 
 
 def test_lone_chapter_with_the_library_installed(machine: Machine) -> None:

@@ -223,7 +223,7 @@ CALLS: dict[str, Callable[[Any], object]] = {
     ("solver", "error", "message"),
     [
         ("huen", ValueError, "solver: unknown 'huen'; the solvers are euler, heun"),
-        (7, TypeError, "solver: expected a name or a callable step.*got int"),
+        (7, TypeError, "solver: expected a name, a Solver or a callable.*got int"),
         (lambda x, t: x, TypeError, "does not take these four arguments"),
     ],
 )

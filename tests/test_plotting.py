@@ -18,7 +18,7 @@ from matplotlib.text import Text
 import artlib
 from artlib import plotting
 from artlib.control.closed_form import StiffnessTable
-from artlib.plotting import style as _plot_style
+from artlib.plotting.style import SOFT
 
 PROCESS = artlib.VE(sigma_min=0.002, sigma_max=80.0)
 SCHEDULES = {
@@ -96,7 +96,7 @@ def test_colors_stand_out_from_the_panel_and_letters_more():
     for look in [*plotting.LOOKS.values(), *others]:
         assert contrast(look.color, plotting.PANEL) >= 3, look
     assert contrast(plotting.INK, plotting.PANEL) >= 7
-    assert contrast(_plot_style.SOFT, plotting.PANEL) >= 4.5  # used for letters too
+    assert contrast(SOFT, plotting.PANEL) >= 4.5  # used for letters too
 
 
 @pytest.mark.parametrize(

@@ -140,12 +140,23 @@ class Recorded(artlib.PredictedClock):
         return super().advance(k, t, x, denoised)
 
 
+HOLDERS = (
+    "_common.precision",
+    "clocks",
+    "flow.ask",
+    "solvers.clocked",
+    "solvers.integrate",
+    "solvers.stochastic",
+)
+"""Modules that ask whether a device has float64."""
+
+
 def test_a_device_without_float64_is_named_and_sampled_on(
     accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if accelerator.type == "cuda":
         pytest.skip("the simulated device stands for Apple's GPUs")
-    for name in ("_ask", "_integrators", "clocks", "stochastic", "_precision"):
+    for name in HOLDERS:
         monkeypatch.setattr(
             f"artlib.{name}.holds_double", lambda device: device.type == "cpu"
         )

@@ -18,6 +18,7 @@ from run_chapter import code_cells, find, run_cell
 
 import artlib
 from artlib import book
+from artlib.book import results
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTER = """\
@@ -260,7 +261,8 @@ def test_results_belong_to_the_clone_and_not_to_the_current_folder(
         '{"made": {}, "results": 2}'
     )
     # The package of a clone: its results are found and written from everywhere.
-    monkeypatch.setattr(book, "__file__", str(clone / "artlib" / "book.py"))
+    inside = ("artlib", "book", "results.py")
+    monkeypatch.setattr(results, "__file__", str(clone.joinpath(*inside)))
     gone = tmp_path / "gone"
     gone.mkdir()
     for place in (clone / "notebooks", other, gone):
@@ -274,7 +276,8 @@ def test_results_belong_to_the_clone_and_not_to_the_current_folder(
     gone.rmdir()  # the current folder of a kernel may vanish
     assert book.load_results("a")["results"] == {"x": 1}
     # A package that was installed: the clone around the chapter.
-    monkeypatch.setattr(book, "__file__", str(tmp_path / "site" / "artlib" / "book.py"))
+    installed = tmp_path.joinpath("site", *inside)
+    monkeypatch.setattr(results, "__file__", str(installed))
     with pytest.raises(FileNotFoundError, match=r"inside a clone .* ARTLIB_RESULTS"):
         book.load_results("a")
     for place in ("", "notebooks", "notebooks/results"):

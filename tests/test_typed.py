@@ -40,7 +40,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, built = (tmp_path_factory.mktemp(name) for name in ("source", "wheel"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    leave_out = shutil.ignore_patterns("data", "weights", "__pycache__")
+    leave_out = shutil.ignore_patterns("samples", "weights", "__pycache__")
     shutil.copytree(ROOT / "artlib", source / "artlib", ignore=leave_out)
     build = f"from setuptools import build_meta; build_meta.build_wheel({str(built)!r})"
     subprocess.run(

@@ -67,7 +67,7 @@ if "google.colab" in sys.modules:
 elif book is None:  # a kernel without the library may still be inside a clone
     here = Path(globals().get("__vsc_ipynb_file__", Path.cwd() / "notebook"))
     for folder in here.parents:
-        if (folder / "artlib" / "book.py").is_file():
+        if (folder / "artlib" / "book" / "__init__.py").is_file():
             sys.path.insert(0, str(folder))
             advice = f'--editable "{folder}[notebooks]"'
             break

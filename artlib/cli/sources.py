@@ -204,7 +204,7 @@ def deliver(path: str, content: str | bytes) -> None:
 
 def place(error: BaseException) -> str:
     """Where in the user's own code an error comes from, in brackets, or nothing."""
-    others = [Path(__file__).parent, Path(sys.prefix), Path(sys.base_prefix)]
+    others = [Path(__file__).parent.parent, Path(sys.prefix), Path(sys.base_prefix)]
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

@@ -106,6 +106,25 @@ def refine(
 ) -> Plan: ...
 
 
+@overload
+def refine(
+    schedule: Schedule | Sequence[Schedule],
+    flow: ProbabilityFlow,
+    x_T: Tensor,
+    K: int,
+    *,
+    solver: SolverLike = ...,
+    told: bool,
+    objective: Objective = ...,
+    iterations: int = ...,
+    evaluations: int | None = ...,
+    reference: Tensor | None = ...,
+    held_out: float = ...,
+    batch: int | None = ...,
+    progress: bool = ...,
+) -> Schedule | Plan: ...
+
+
 def refine(
     schedule: Schedule | Sequence[Schedule],
     flow: ProbabilityFlow,
