@@ -143,9 +143,10 @@ def sample(
     Args:
         flow: From `split`.
         x_T: The states of all samples, the same in every process.
-        grid: As in `artlib.sample`.
-        solver: As there, one that takes a grid: an adaptive solver would choose other
-            steps for every share.
+        grid: K + 1 strictly descending times, the first at most ``t_max``, the last 0
+            or above.
+        solver: A key of `SOLVERS`, a `Solver` or a step, as in `artlib.sample`, that
+            takes a grid: an adaptive one would choose other steps for every share.
 
     Returns:
         All samples in the order of ``x_T``, on the device of ``x_T``.

@@ -119,7 +119,12 @@ class Learner:
         self._ascend(0, objective, done, iteration)
 
     def actor_objective(self, episodes: Episodes, increment: Tensor) -> Tensor:
-        """What has the actor's moments (29b) as its gradient; arguments as there."""
+        """What has the actor's moments (29b) as its gradient.
+
+        Args:
+            episodes: What was played.
+            increment: Martingale increments of the steps that were drawn [drawn, n].
+        """
         drawn = len(increment)
         rho = episodes.rho[:drawn]
         tau = self._tau[:drawn].expand_as(rho)
