@@ -209,6 +209,13 @@ class ActorCritic:
         """The actor's last iterate; what is distilled is the mean of the iterates."""
         return self._loop.learner.actor
 
+    def averaged_actor(self) -> Head:
+        """The mean of the actor's iterates over the second half, a copy.
+
+        It is what `clocks`, `distill` and `ActorClock` follow.
+        """
+        return self._loop.learner.averaged_actor()
+
     @property
     def critic(self) -> Head:
         """The critic."""
@@ -301,7 +308,7 @@ class ActorCritic:
         """
         environment = self.environment if x_T is None else self._on(x_T)
         rows = torch.arange(environment.size, device=self.device)
-        actor = self._loop.learner.averaged_actor()
+        actor = self.averaged_actor()
         parts = rows.split(self._sampling["batch"] or len(rows))
         episodes = (
             self._loop.play(part, actor=actor, environment=environment)
