@@ -175,15 +175,18 @@ def gaussian_w2(
     Args:
         process: The noising process.
         variances: Eigenvalues of C [d].
-        grid: K + 1 descending times from t_max.
-        solver: As in `gaussian_output_std`.
+        grid: K + 1 descending times from t_max, or a `Plan`.
+        solver: A name, a `Solver`, or a step as in `artlib.sample` that treats
+            coordinates alike and apart, and is linear. By default ``"euler"``, or that
+            of the plan.
 
     Returns:
         0-d float64 tensor, in units of the data; differentiable in ``grid``.
 
     Raises:
-        TypeError: As in `gaussian_output_std`.
-        ValueError: As there.
+        TypeError: If ``solver`` is neither a name nor a step.
+        ValueError: If an argument is out of its range, or a step is not linear in
+            every coordinate.
     """
     lam = as_variances(variances)
     nodes, _, _ = _arguments(process, grid, solver)
@@ -218,15 +221,17 @@ def oracle_grid(
         process: The noising process.
         variances: Eigenvalues of C [d]; those that agree to a relative 1e-9 are one.
         K: Number of steps, >= 1.
-        solver: As in `gaussian_output_std`.
+        solver: A name, a `Solver`, or a step as in `artlib.sample` that treats
+            coordinates alike and apart, and is linear.
         seed: Of the random starts.
 
     Returns:
         float64 [K + 1], t_max ... 0.
 
     Raises:
-        TypeError: As in `gaussian_output_std`.
-        ValueError: As there.
+        TypeError: If ``solver`` is neither a name nor a step.
+        ValueError: If an argument is out of its range, or a step is not linear in
+            every coordinate.
     """
     K = positive_int(K, "K")
     seed = positive_int(seed, "seed", minimum=0)
@@ -293,8 +298,8 @@ def oracle_plan(
         The plan.
 
     Raises:
-        TypeError: As in `gaussian_output_std`.
-        ValueError: As there, or if the solver cannot be told.
+        TypeError: If ``solver`` is neither a name nor a step.
+        ValueError: If an argument is out of its range, or the solver cannot be told.
     """
     kind = solver_of(solver)
     if not kind.tellable:

@@ -14,7 +14,6 @@ then the same in all of them, and it is enough that one does it.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,11 +31,19 @@ __all__ = ["ParallelFlow", "sample", "split"]
 class ParallelFlow(ProbabilityFlow):
     """A flow whose trajectories are split over processes; make one with `split`.
 
-    Attributes:
+    Args:
+        flow: The flow of one process. What is known of its network (dtype, method of
+            acceleration, doubts) is shared with it.
         accelerator: The ``accelerate.Accelerator`` that knows the processes.
+
+    Attributes:
+        accelerator: The same.
     """
 
-    accelerator: Any
+    def __init__(self, flow: ProbabilityFlow, accelerator: Any) -> None:
+        super().__init__(flow.process, flow.denoiser)
+        vars(self).update(vars(flow))
+        self.accelerator = accelerator
 
     def trajectory(
         self,
@@ -128,11 +135,7 @@ def split(flow: ProbabilityFlow, accelerator: Any | None = None) -> ParallelFlow
             "accelerator: expected an accelerate.Accelerator, got "
             f"{type(accelerator).__name__}"
         )
-    parallel = copy.copy(flow)
-    parallel.__class__ = ParallelFlow
-    assert isinstance(parallel, ParallelFlow)
-    parallel.accelerator = accelerator
-    return parallel
+    return ParallelFlow(flow, accelerator)
 
 
 def sample(
@@ -143,9 +146,10 @@ def sample(
     Args:
         flow: From `split`.
         x_T: The states of all samples, the same in every process.
-        grid: As in `artlib.sample`.
-        solver: As there, one that takes a grid: an adaptive solver would choose other
-            steps for every share.
+        grid: K + 1 strictly descending times, the first at most ``t_max``, the last 0
+            or above.
+        solver: A key of `SOLVERS`, a `Solver` or a step, as in `artlib.sample`, that
+            takes a grid: an adaptive one would choose other steps for every share.
 
     Returns:
         All samples in the order of ``x_T``, on the device of ``x_T``.

@@ -407,7 +407,7 @@ def test_learned_clocks_follow_their_paths(
     assert torch.allclose(clocks[:, [0, -1]], ends)
     # On average over the paths they are no worse than the best single clock is.
     rows = torch.arange(TRAJECTORIES)
-    actor = trainer._loop.learner.averaged_actor()
+    actor = trainer.averaged_actor()
     exact = float(trainer._loop.play(rows, actor=actor).exact.sum(0).mean())
     feedback = table.lower_bound("feedback") / table.lower_bound()
     assert feedback < exact < 1.04
@@ -418,9 +418,9 @@ def test_learned_clocks_suit_new_paths(
 ) -> None:
     """On noise that was never seen: near the best single clock of *that* noise."""
     trainer, _ = trained
-    like = trainer.environment._mean  # any process' prior is this wide
+    width = trainer.environment.width - 1  # the state, and beside it |Q|
     rng = torch.Generator().manual_seed(7)
-    x_T = PROCESS.t_max * torch.randn(100, like.shape[2], generator=rng, dtype=F64)
+    x_T = PROCESS.t_max * torch.randn(100, width, generator=rng, dtype=F64)
     nfe = trainer.nfe
     clocks = trainer.clocks(x_T)
     assert trainer.nfe == nfe
@@ -428,7 +428,7 @@ def test_learned_clocks_suit_new_paths(
     assert bool((clocks[:, 1:] < clocks[:, :-1]).all())
     environment = trainer._on(x_T)
     rows = torch.arange(100)
-    actor = trainer._loop.learner.averaged_actor()
+    actor = trainer.averaged_actor()
     episodes = trainer._loop.play(rows, actor=actor, environment=environment)
     assert torch.equal(episodes.time.T, clocks)
     table = environment.table
@@ -466,7 +466,7 @@ def test_few_steps_train_at_the_default_temperature() -> None:
         warnings.simplefilter("error", DivergenceWarning)
         list(trainer.train(150))
     rows, environment = torch.arange(64), trainer.environment
-    actor = trainer._loop.learner.averaged_actor()
+    actor = trainer.averaged_actor()
     learned = float(trainer._loop.play(rows, actor=actor).exact.sum(0).mean())
     # The closed form's six nodes: optimal for many steps, not for five.
     ticks = torch.linspace(0, trainer.table.span, 6, dtype=F64)
@@ -602,7 +602,9 @@ def test_floor_below_the_mean_is_kept_in_both_environments() -> None:
     low, high = small(floor=0.1, environment="model"), small(floor=0.1)
     rows = torch.arange(12)
     middle = torch.full((12,), 0.6, dtype=F64)
-    floor = low.environment._log_floor[205]
+    still = torch.zeros(12, dtype=F64)
+    x = torch.zeros(12, low.environment.width - 1, dtype=F64)
+    floor = low.environment.features_at(middle, x, still)[1][0]
     place = high.environment.at(rows, middle)
     assert math.isclose(float(floor), float(place.log_floored.min()), abs_tol=0.02)
     mean = place.stiffness.mean().log()

@@ -371,29 +371,29 @@ def test_interrupted_paths_are_kept(here: Path, more: list[str], capsys: Any) ->
 def test_interrupted_training_is_kept(
     here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from artlib.rl import loop
+    from artlib.rl.updates import Loop
 
     rl = [*LEARN, "--method", "rl", "--iterations", "60", "--steps", "6", "--quiet"]
     assert main([*rl, "-o", "straight.json"]) == 0
-    iterate = loop.Loop.iterate
+    iterate = Loop.iterate
 
-    def interrupted(self: loop.Loop) -> Any:
+    def interrupted(self: Loop) -> Any:
         if self.iteration == 37:
             raise KeyboardInterrupt
         return iterate(self)
 
-    monkeypatch.setattr(loop.Loop, "iterate", interrupted)
+    monkeypatch.setattr(Loop, "iterate", interrupted)
     checkpoint = ["--checkpoint", "c.safetensors", "-o", "resumed.json"]
     assert main([*rl, *checkpoint]) == 130
     assert "goes on from c.safetensors" in capsys.readouterr().err
-    monkeypatch.setattr(loop.Loop, "iterate", iterate)
+    monkeypatch.setattr(Loop, "iterate", iterate)
     started: list[int] = []
 
-    def watched(self: loop.Loop) -> Any:
+    def watched(self: Loop) -> Any:
         started.append(self.iteration)
         return iterate(self)
 
-    monkeypatch.setattr(loop.Loop, "iterate", watched)
+    monkeypatch.setattr(Loop, "iterate", watched)
     assert main([*rl, *checkpoint]) == 0
     assert started[0] == 37
     straight, resumed = (

@@ -108,6 +108,55 @@ def test_error_nfe_and_measures_are_those_of_sampling_by_hand(flow, noises):
     assert table.curve("euler", "ART", "error").shape == (2, 2)
 
 
+def test_a_clock_is_compared_as_sampling_by_hand_with_it(flow, noises):
+    table = artlib.stiffness_table(flow, noises[1], points=16)
+    schedules = {
+        "EDM": artlib.edm(flow.process),
+        "predicted": lambda K: artlib.PredictedClock(table, K),
+        "exact": artlib.ExactClock,
+    }
+    ends, budgets = exact_ends(noises), {"euler": [3], "heun": [4]}
+    found = compare(flow, schedules, noises, budgets, ends=ends, batch=30)
+    for solver, K, usual in (("euler", 3, 3), ("heun", 4, 7)):
+        for label in ("predicted", "exact"):
+            errors = []
+            for noise, end in zip(noises, ends, strict=True):
+                clock = schedules[label](K)
+                x = artlib.sample(flow, noise, clock=clock, solver=solver)
+                errors.append(artlib.terminal_error(x, end))
+            np.testing.assert_allclose(
+                found.values(solver, K, label, "error"), errors, rtol=1e-6
+            )
+        # The exact clock walks the paths first; the other asks for nothing more.
+        assert found.evaluations(solver) == [usual]
+        assert found.spent(solver, K, "predicted") == usual
+        assert found.spent(solver, K, "EDM") == usual
+        walk = artlib.stiffness_table(flow, noises[0]).nfe
+        assert found.spent(solver, K, "exact") == usual + walk
+    assert f"(NFE {3 + walk})" in found.text("euler", "error")
+    again = Comparison.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert again == found
+    single = compare(flow, {"x": artlib.ExactClock}, noises, {"euler": [3]}, ends=ends)
+    assert single.nfe == {"euler 3": 3}
+
+
+def test_clocks_refused(flow, noises, tmp_path):
+    clocks, ends = {"own": artlib.ExactClock}, exact_ends(noises)
+    with pytest.raises(ValueError, match=r"'own' is a clock.* not with 'rk4'"):
+        compare(flow, clocks, noises, {"euler": [2], "rk4": [2]}, ends=ends)
+    file = tmp_path / "table.json"
+    with pytest.raises(ValueError, match="file: 'own' is a clock per sample"):
+        compare(flow, clocks, noises, {"euler": [2]}, ends=ends, file=file)
+    assert not file.exists()
+    with pytest.raises(TypeError, match="'own': expected a schedule, or a function"):
+        compare(flow, {"own": [80.0, 0.0]}, noises, {"euler": [2]}, ends=ends)
+    with pytest.raises(TypeError, match="makes a clock, but it made"):
+        compare(flow, {"own": lambda K: K}, noises, {"euler": [2]}, ends=ends)
+    other = {"own": lambda K: artlib.ExactClock(K + 1)}
+    with pytest.raises(ValueError, match="a clock of 3 steps for K = 2"):
+        compare(flow, other, noises, {"euler": [2]}, ends=ends)
+
+
 def test_matched_noise_reproduces_exact_gaussian_w2(flow, noises):
     # On Gaussian data the map from noise to end is the same monotone scaling for all,
     # so the error with matched noise estimates W2 / sqrt(d) without bias.

@@ -116,9 +116,11 @@ def denoiser(
             `artlib.adapters.diffusers.denoiser` has them.
         unconditional: The same without the condition; needed for guidance.
         guidance: Factor of classifier-free guidance, 1 is none.
-        guidance_rescale: See there.
-        together: See there.
-        shared: See there.
+        guidance_rescale: Share in [0, 1] in which a guided prediction is scaled back
+            to the standard deviation of the conditional one.
+        together: Whether the answers with and without the condition are asked for in
+            one call on a doubled batch.
+        shared: Names, at any depth, of conditions that samples share.
 
     Raises:
         TypeError: If ``network`` is not callable or ``alphas_cumprod`` no list of
@@ -152,10 +154,11 @@ class DDPMDenoiser(Denoiser):
     """What `denoiser` returns.
 
     Args:
-        network: As in `denoiser`.
+        network: Called as ``network(x, step, **condition)`` with x [N, *shape] of
+            variance 1 and ``step`` [N], counted from 0.
         levels: Noise levels of the training steps, ascending [T].
-        predicts: As in `denoiser`.
-        integers: As there.
+        predicts: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
+        integers: Whether the network takes whole steps only.
         guide: How the network is called under its condition.
 
     Attributes:

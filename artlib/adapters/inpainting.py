@@ -79,10 +79,11 @@ class InpaintingDenoiser(Denoiser):
     """What `inpainting` returns.
 
     Args:
-        denoiser: As in `inpainting`.
-        process: As there.
-        known: As there.
-        mask: As there.
+        denoiser: Any denoiser D(x, t).
+        process: Its process.
+        known: The known :math:`x_0`, [1, *shape] or [N, *shape].
+        mask: 1 where something is to be made, 0 where ``known`` is kept; [1 or N,
+            *shape], an axis may be 1.
 
     Attributes:
         process: The process to sample under.

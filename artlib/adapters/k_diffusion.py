@@ -62,17 +62,21 @@ def to_text(
     denoise: float = 1.0,
     coordinate: Coordinate | None = None,
 ) -> str:
-    """The same list as text, ``[80.0, ..., 0.0]``: Python, JSON, and most else.
+    r"""The same list as text, ``[80.0, ..., 0.0]``: Python, JSON, and most else.
 
     Args:
-        schedule: As in `to_k_diffusion`.
-        K: As there.
-        denoise: As there.
-        coordinate: As there.
+        schedule: Any schedule.
+        K: Number of steps that are taken.
+        denoise: Share of the way from noise to data, in (0, 1]; below 1, for
+            image-to-image, the last K steps of floor(K / denoise).
+        coordinate: ``"level"`` (:math:`\sigma/\alpha`) or ``"flow"``
+            (:math:`\sigma/(\alpha+\sigma)`); by default that of the schedule's process.
 
     Raises:
-        ExportError: As there.
-        ValueError: As there.
+        ExportError: If the first noise level is infinite or two nodes are one number
+            in float32.
+        TypeError: If ``schedule`` or ``K`` is something else.
+        ValueError: If ``K`` < 1 or ``denoise`` is outside of (0, 1].
     """
     sigmas = to_k_diffusion(schedule, K, denoise=denoise, coordinate=coordinate)
     # The shortest digits that give the float32 back.

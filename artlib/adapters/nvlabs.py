@@ -71,12 +71,13 @@ class EDMDenoiser(Denoiser):
     """What `denoiser` returns; the arguments are the same.
 
     Args:
-        network: As in `denoiser`.
-        class_labels: As there.
-        guide: As there.
-        guidance: As there.
-        sigma_min: As there.
-        sigma_max: As there.
+        network: Called as ``network(x, sigma, class_labels)`` with sigma [N] in
+            float32.
+        class_labels: One-hot rows [1, c] or [N, c], or None.
+        guide: A second network, called alike, or None.
+        guidance: Factor g; 1 is ``network`` alone. Other factors need a ``guide``.
+        sigma_min: Smallest noise level of the process.
+        sigma_max: Largest noise level of the process.
 
     Attributes:
         process: `VE` over the network's range.

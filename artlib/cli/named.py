@@ -70,9 +70,13 @@ def load_schedule(name: str, process: Process | None = None) -> Schedule:
 def load_plan_or_schedule(name: str, process: Process) -> Plan | Schedule:
     """A plan from a file, or else a schedule as in `load_schedule`.
 
+    Args:
+        name: Path of a file or of a folder with one, `STDIN`, or a key of `FORMULAS`.
+        process: For which a formula is to be made.
+
     Raises:
-        InputError: As there.
-        ScheduleFormatError: As there.
+        InputError: If it is none of these.
+        ScheduleFormatError: If what is read is damaged or foreign.
     """
     if os.path.isfile(name) and f'"{file.PLAN.name}"' in file.read_text(name)[:100]:
         return Plan.load(name)

@@ -34,7 +34,8 @@ from ..flow.flow import ProbabilityFlow, check_flow
 from ..flow.processes import Process
 from ..metrics.distances import terminal_error
 from ..schedules.constructors import Schedule, edm, kl_optimal, log_snr, uniform
-from ..solvers.sample import sample
+from ..solvers.clocked import Clock
+from ..solvers.sample import nfe, sample
 from ..solvers.solver import SolverLike, solver_of
 from .bootstrap import Interval
 from .file import ComparisonFile, Origin, probe_grid
@@ -44,6 +45,7 @@ from .table import Cell, Comparison, HasGrid, rounded
 __all__ = [
     "Budgets",
     "Cell",
+    "ClockFor",
     "Comparison",
     "HasGrid",
     "Interval",
@@ -57,6 +59,9 @@ __all__ = [
 
 Measure = Callable[[Tensor], Mapping[str, float]]
 """Samples [N, *shape] -> named numbers, for example distances in features."""
+
+ClockFor = Callable[[int], Clock]
+"""Number of steps K -> a clock per sample, for example `artlib.ExactClock`."""
 
 Budgets = Mapping[SolverLike, Sequence[int]]
 """Solver, as in `artlib.sample`, -> numbers of steps K."""
@@ -108,7 +113,7 @@ def references(
 @full_precision()
 def compare(
     flow: ProbabilityFlow,
-    schedules: Mapping[str, HasGrid],
+    schedules: Mapping[str, HasGrid | ClockFor],
     noises: Sequence[Tensor],
     budgets: Budgets,
     *,
@@ -122,7 +127,10 @@ def compare(
 
     Args:
         flow: The flow.
-        schedules: Label -> schedule, or anything else with a ``grid(K)``.
+        schedules: Label -> schedule, or anything else with a ``grid(K)``. Or a clock
+            per sample, as a function of K that makes it, such as ``lambda K:
+            artlib.PredictedClock(table, K)``; it goes with ``"euler"`` and ``"heun"``,
+            and what it asks of the network itself is in `Comparison.own_nfe`.
         noises: States at ``t_max``, one tensor [N, *shape] per seed.
         budgets: Solver -> numbers of steps. A step of your own stands in the result
             under the name of its function.
@@ -137,17 +145,19 @@ def compare(
             made under the same name are computed again and replaced; what else is in
             the file stays and is returned too. To tell, three steps from the first
             noise and ``measure`` of the references, with some noise added, are
-            computed at the start.
+            computed at the start. Not with a clock, which has no grid to know it by.
         progress: Whether to show a progress bar (on stderr).
 
     Returns:
         A `Comparison`.
 
     Raises:
+        TypeError: If an argument is of another type, such as a schedule without a
+            ``grid(K)`` that makes no clock either.
         ValueError: If there is nothing to measure, shapes do not fit, a schedule is
             for another process, samples or a measure become NaN or infinite, or the
             file belongs to another comparison: to another process, denoiser, noise or
-            reference.
+            reference. If a clock meets a file, or a solver that takes none.
         TimeoutError: If another run does not let go of the file.
     """
     check_flow(flow)
@@ -179,6 +189,7 @@ def compare(
     batch = positive_int(batch, "batch")
     _check_processes(schedules, flow.process)
     solvers = _by_name(budgets, file)
+    clocks, grids = _sorted_out(schedules, solvers, file)
     if file is not None:
         check_output(file)
     table = Comparison(count=len(noises[0]))
@@ -187,7 +198,7 @@ def compare(
         probe = sample(flow, noises[0], probe_grid(flow.process), batch=batch)
         origin = Origin.of(flow, noises, ends, probe)
         numbers = _probed(measure, noises[0], ends, flow.process)
-        store = ComparisonFile(file, origin, table.count, schedules, numbers)
+        store = ComparisonFile(file, origin, table.count, grids, numbers)
         table = store.table
     counter = CountNFE(flow.denoiser)
     counted = flow.with_denoiser(counter)
@@ -200,12 +211,16 @@ def compare(
         or not store.holds(f"{solver} {K}", label, errors=ends is not None)
     ]
     for solver, K, label in tqdm(todo, desc="compare", disable=not progress):
-        grid = schedules[label].grid(K)
+        times: dict[str, Any] = (
+            {"clock": _made(clocks[label], label, K)}
+            if label in clocks
+            else {"grid": grids[label].grid(K)}
+        )
         found: dict[str, list[float]] = {}
         samples: list[list[float]] = []
         for seed, noise in enumerate(noises):
             counter.reset()
-            x = sample(counted, noise, grid, solver=solvers[solver], batch=batch)
+            x = sample(counted, noise, solver=solvers[solver], batch=batch, **times)
             evaluations = counter.nfe // -(-len(noise) // batch)
             numbers = dict(measure(x)) if measure is not None else {}
             if ends is not None:
@@ -225,6 +240,11 @@ def compare(
         if store is not None:
             store.add(key, label, evaluations, found, samples)
             continue
+        if label in clocks:
+            usual = nfe(torch.linspace(1, 0, K + 1), solver=solver)
+            if evaluations != usual:
+                table.own_nfe.setdefault(key, {})[label] = evaluations
+            evaluations = usual
         table.nfe[key] = evaluations
         table.cells.setdefault(key, {})[label] = found
         if samples:
@@ -270,7 +290,55 @@ def _by_name(
     return named
 
 
-def _check_processes(schedules: Mapping[str, HasGrid], process: Process) -> None:
+def _sorted_out(
+    schedules: Mapping[str, HasGrid | ClockFor],
+    solvers: Mapping[str, SolverLike],
+    file: str | os.PathLike[str] | None,
+) -> tuple[dict[str, ClockFor], dict[str, HasGrid]]:
+    """What makes clocks, and what makes grids."""
+    clocks: dict[str, ClockFor] = {}
+    grids: dict[str, HasGrid] = {}
+    for label, given in schedules.items():
+        if isinstance(given, HasGrid):
+            grids[label] = given
+        elif callable(given):
+            clocks[label] = given
+        else:
+            raise TypeError(
+                f"schedules: {label!r}: expected a schedule, or a function of K that "
+                f"makes a clock, got {got(given)}"
+            )
+    others = [name for name, s in solvers.items() if s not in ("euler", "heun")]
+    if clocks and others:
+        raise ValueError(
+            f"budgets: {next(iter(clocks))!r} is a clock per sample, which goes with "
+            f"'euler' and 'heun', not with {others[0]!r}; compare it on its own"
+        )
+    if clocks and file is not None:
+        raise ValueError(
+            f"file: {next(iter(clocks))!r} is a clock per sample, which has no grid to "
+            "know it by when the file is read again; leave file out, or compare it on "
+            "its own"
+        )
+    return clocks, grids
+
+
+def _made(clock_for: ClockFor, label: str, K: int) -> Clock:
+    """The clock of K steps."""
+    clock = clock_for(positive_int(K, "K"))
+    if not isinstance(clock, Clock):
+        raise TypeError(
+            f"schedules: {label!r}: expected a function of K that makes a clock, but "
+            f"it made {got(clock)}"
+        )
+    if clock.steps != K:
+        raise ValueError(
+            f"schedules: {label!r} made a clock of {clock.steps} steps for K = {K}"
+        )
+    return clock
+
+
+def _check_processes(schedules: Mapping[str, Any], process: Process) -> None:
     for label, schedule in schedules.items():
         own = getattr(schedule, "process", process)
         if isinstance(own, Process) and own != process:

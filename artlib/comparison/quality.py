@@ -91,7 +91,7 @@ def nfe_ratio(
             f"label: nothing measured for {solver!r}, {label!r}; there is "
             f"{table.labels(solver)}"
         )
-    counts = np.array([table.nfe[f"{solver} {K}"] for K in steps], dtype=float)
+    counts = np.array([table.spent(solver, K, label) for K in steps], dtype=float)
     errors = table.paired([*((solver, K, label) for K in steps), goal])
     draws = resample(errors, measure, resamples=resamples, seed=seed)
     found = statistic(errors, measure)
@@ -99,7 +99,7 @@ def nfe_ratio(
         raise ValueError(
             f"table: the {measure} is 0 in some cell; no power law goes through it"
         )
-    goal_nfe = table.nfe[f"{goal[0]} {goal[1]}"]
+    goal_nfe = table.spent(*goal)
     ratio = nfe_to_quality(counts, found[:-1], float(found[-1])) / goal_nfe
     ratios = _crossing(counts, draws[:-1].T, draws[-1]) / goal_nfe
     return percentiles(ratio, np.nan_to_num(ratios, nan=np.inf, posinf=np.inf), level)

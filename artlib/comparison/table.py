@@ -42,7 +42,9 @@ class Comparison:
 
     Attributes:
         cells: ``"solver K"`` -> schedule -> measure -> one number per seed.
-        nfe: ``"solver K"`` -> evaluations.
+        nfe: ``"solver K"`` -> evaluations on a grid.
+        own_nfe: ``"solver K"`` -> schedule -> evaluations, where a clock per sample
+            asks the network more than that.
         count: Samples per seed.
         samples: ``"solver K"`` -> schedule -> for each seed the root-mean-square
             distance of every sample to its reference, per coordinate, to 4 digits.
@@ -53,6 +55,7 @@ class Comparison:
     nfe: dict[str, int] = field(default_factory=dict)
     count: int = 0
     samples: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
+    own_nfe: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def steps(self, solver: str) -> list[int]:
         """Numbers of steps that were measured with a solver, ascending."""
@@ -60,8 +63,13 @@ class Comparison:
         return sorted(int(K) for name, K in keys if name == solver)
 
     def evaluations(self, solver: str) -> list[int]:
-        """Their NFE."""
+        """Their NFE on a grid."""
         return [self.nfe[f"{solver} {K}"] for K in self.steps(solver)]
+
+    def spent(self, solver: str, K: int, label: str) -> int:
+        """Evaluations of one cell, a clock's own ones included."""
+        key = f"{solver} {K}"
+        return self.own_nfe.get(key, {}).get(label, self.nfe[key])
 
     def labels(self, solver: str) -> list[str]:
         """Schedules that were measured with a solver, in order."""
@@ -225,8 +233,10 @@ class Comparison:
     def text(self, solver: str, measure: str, *, digits: int = 3) -> str:
         """A table: schedules down, NFE across, mean and standard deviation over seeds.
 
-        Between the two stands a plus-minus sign, or ``+-`` where the encoding of the
-        standard output has none. Letters of a label that it lacks are escaped.
+        Where a clock asks the network more than its column says, its NFE stand behind.
+        Between mean and deviation stands a plus-minus sign, or ``+-`` where the
+        encoding of the standard output has none. Letters of a label that it lacks are
+        escaped.
 
         Args:
             solver: Which solver.
@@ -246,7 +256,9 @@ class Comparison:
                 mean = self.mean(solver, K, label, measure)
                 spread = self.spread(solver, K, label, measure)
                 error = f"{spread:.1g}" if spread < 1 else f"{spread:.0f}"
-                row.append(f"{mean:.{digits}g}{between}{error}")
+                own = self.own_nfe.get(f"{solver} {K}", {}).get(label)
+                more = "" if own is None else f" (NFE {own})"
+                row.append(f"{mean:.{digits}g}{between}{error}{more}")
             rows.append(row)
         widths = [max(map(len, column)) + 1 for column in zip(*rows, strict=True)]
         return "\n".join(
@@ -263,12 +275,13 @@ class Comparison:
             }
             for key, row in self.samples.items()
         }
-        return {
+        data = {
             "cells": self.cells,
             "nfe": self.nfe,
             "count": self.count,
             "samples": samples,
         }
+        return data | ({"own_nfe": self.own_nfe} if self.own_nfe else {})
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Comparison:
@@ -293,6 +306,7 @@ class Comparison:
                     }
                     for key, row in data.get("samples", {}).items()
                 },
+                own_nfe=dict(data.get("own_nfe", {})),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(

@@ -72,13 +72,16 @@ def measure_errors(
         flow: The flow.
         x_T: States at t_max [N, *shape].
         times: Times of the table [n], from t_max to t_min.
-        solver: As in `artlib.error_table`, like the rest.
-        order: As there.
-        weight: As there.
-        method: As there.
-        probes: As there.
-        seed: As there.
-        batch: As there.
+        solver: A name, or a one-step solver ``step(flow, x, t, s)``, as in
+            `artlib.error_table`.
+        order: p of a callable; None to measure it.
+        weight: ``"local"``, ``"terminal"`` or ``"dual"``: the error where it is made,
+            at t_min, or its part along the error that arrives.
+        method: Integrator of the reference paths, see `artlib.stiffness_table`.
+        probes: Random directions per sample for ``"terminal"``; exact from the number
+            of dimensions on.
+        seed: Of the probes.
+        batch: Trajectories computed together, which bounds the memory; None for all.
 
     Returns:
         Values [N, n], the order p, and the network evaluations.

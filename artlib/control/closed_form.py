@@ -97,12 +97,14 @@ def stiffness_path(
     """`stiffness_table` together with the states of the paths it was read from.
 
     Args:
-        flow: As in `stiffness_table`.
-        x_T: As there.
-        points: As there.
-        method: As there.
-        rtol: As there.
-        batch: As there.
+        flow: The flow.
+        x_T: States at ``t_max`` [N, *shape]; each gives one trajectory.
+        points: Times of the table, evenly spaced in the log noise level.
+        method: Integrator of the reference paths: ``"heun"``, ``"rk4"`` or
+            ``"dopri5"``.
+        rtol: Relative (and absolute) tolerance of dopri5.
+        batch: Trajectories integrated together, which bounds the memory; by default
+            all.
         keep: Whether to keep the states.
 
     Returns:
@@ -110,7 +112,8 @@ def stiffness_path(
         kept. Those of more than one batch are on the CPU.
 
     Raises:
-        ValueError: As there.
+        TypeError: If ``flow`` is no flow or ``points`` no integer.
+        ValueError: If ``x_T`` or the denoiser holds NaN or the wrong shape.
     """
     x_T, points = _checked(flow, x_T, points)
     batch = None if batch is None else positive_int(batch, "batch")

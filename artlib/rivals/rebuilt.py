@@ -110,10 +110,10 @@ class JumpCosts:
         """The sum of the costs of these K steps.
 
         Args:
-            K: As in `grid`.
+            K: Number of steps, at most n - 1.
 
         Raises:
-            ValueError: As there.
+            ValueError: If there are not so many candidates.
         """
         return self._nodes(K)[1]
 

@@ -27,7 +27,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -37,7 +37,8 @@ from .._common.checks import check_samples, positive_int
 from .._common.errors import TrainingError
 from ..control.closed_form import stiffness_path
 from ..flow.flow import ProbabilityFlow
-from ..schedules.constructors import Schedule
+from ..flow.processes import Process
+from ..schedules.constructors import Schedule, from_time_change
 from .checkpoint import (
     CheckpointError,
     fingerprint,
@@ -45,20 +46,19 @@ from .checkpoint import (
     path_lengths,
     save_state,
 )
-from .distill import Close, mean_schedule
 from .environment import ModelEnvironment, TableEnvironment
-from .loop import Loop
 from .options import (
     DivergenceWarning,
     Options,
     TrainingRecord,
+    Watch,
     check_plan,
     default_temperature,
     same_length,
     same_shape,
 )
 from .policy import Constraint, Head
-from .watch import Watch
+from .updates import Loop
 
 __all__ = [
     "ActorCritic",
@@ -67,6 +67,9 @@ __all__ = [
     "TrainingError",
     "TrainingRecord",
 ]
+
+Close = Literal["normalise", "jump"]
+"""What is done about a mean clock that does not end at t_min."""
 
 
 class ActorCritic:
@@ -206,6 +209,13 @@ class ActorCritic:
         """The actor's last iterate; what is distilled is the mean of the iterates."""
         return self._loop.learner.actor
 
+    def averaged_actor(self) -> Head:
+        """The mean of the actor's iterates over the second half, a copy.
+
+        It is what `clocks`, `distill` and `ActorClock` follow.
+        """
+        return self._loop.learner.averaged_actor()
+
     @property
     def critic(self) -> Head:
         """The critic."""
@@ -298,7 +308,7 @@ class ActorCritic:
         """
         environment = self.environment if x_T is None else self._on(x_T)
         rows = torch.arange(environment.size, device=self.device)
-        actor = self._loop.learner.averaged_actor()
+        actor = self.averaged_actor()
         parts = rows.split(self._sampling["batch"] or len(rows))
         episodes = (
             self._loop.play(part, actor=actor, environment=environment)
@@ -377,3 +387,50 @@ class ActorCritic:
             "nfe": self.environment.nfe,
             "problem": fingerprint(self.table, asdict(self.options)),
         }
+
+
+def mean_schedule(
+    process: Process, clocks: Tensor, close: Close, notes: dict[str, Any]
+) -> Schedule:
+    """The mean clock over the trajectories.
+
+    Knots are the K + 1 mean times; between them the schedule is a monotone cubic.
+
+    Args:
+        process: Whose times these are.
+        clocks: float64 [n, K + 1]: process times of each trajectory at even readings.
+        close: What is done about an end that is open, see `ActorCritic.distill`.
+        notes: For the provenance.
+
+    Raises:
+        TrainingError: If the mean clock is not strictly monotone.
+        ValueError: If there is no such way to close a clock.
+    """
+    if not isinstance(close, str) or close not in get_args(Close):
+        raise ValueError(f"close: expected one of {get_args(Close)}, got {close!r}")
+    times = clocks.mean(0)
+    left_open = float(times[-1]) > process.t_min * (1 + 1e-9)
+    if close == "normalise" and left_open:
+        walked = times[0] - times
+        if not bool(walked[-1] > 0):
+            raise TrainingError(
+                "distill: the mean clock stands still; train longer, or use "
+                "constraint='hard'"
+            )
+        times = process.t_max - (process.t_max - process.t_min) * walked / walked[-1]
+    # The ends are known, and interpolation left round-off there; to "jump" is to close
+    # here, within the last step, what the clock left open.
+    times[0], times[-1] = process.t_max, process.t_min
+    if not bool((times[1:] < times[:-1]).all()):
+        raise TrainingError(
+            "distill: the mean clock stands still or runs backwards; train longer, or "
+            "use constraint='hard'"
+        )
+    clock = torch.linspace(0, 1, len(times), dtype=torch.float64)
+    return from_time_change(
+        process,
+        clock * (process.t_max - process.t_min),
+        times,
+        name="ART-RL",
+        provenance={"method": "ART-RL", **notes},
+    )

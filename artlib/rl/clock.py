@@ -9,7 +9,6 @@ from .._common.checks import positive_int
 from ..flow.flow import ProbabilityFlow
 from ..solvers.clocked import Clock
 from .actor_critic import ActorCritic
-from .environment import _interpolate, _relative_log
 from .policy import mean_share
 
 
@@ -41,7 +40,7 @@ class ActorClock(Clock):
             )
         self.steps = positive_int(steps or trainer.options.steps, "steps")
         self._environment = trainer.environment
-        self._actor = trainer._loop.learner.averaged_actor()
+        self._actor = trainer.averaged_actor()
 
     def start(self, flow: ProbabilityFlow, x_T: Tensor) -> None:
         env = self._environment
@@ -57,18 +56,8 @@ class ActorClock(Clock):
             return torch.zeros_like(t)
         env = self._environment
         size = self._flow.stiffness(x, t.reshape(-1, *[1] * (x.ndim - 1)))
-        now = t.to(env.device)
-        rho = env.position(now).clamp(0, 1)
-        node = (1 - rho) * (env._mean.shape[0] - 1)
-        mean, std = (_interpolate(s, node)[:, 0] for s in (env._mean, env._std))
-        flat = x.double().flatten(1).to(mean)
-        white = env._whiten(flat, mean, std)
-        index = ((1 - rho) * (len(env._usual_log) - 1)).round().long()
-        log_q = size.double().to(env.device).clamp_min(1e-300).log()
-        own = _relative_log(
-            torch.maximum(log_q, env._log_floor[index]), env._usual_log[index]
-        )
-        features = torch.cat([own[:, None], white], dim=1).float()
+        rho = env.position(t.to(env.device)).clamp(0, 1)
+        features, _ = env.features_at(rho, x, size.double().to(env.device))
         output = self._actor(rho, torch.full_like(rho, k / self.steps), features)
         h = torch.as_tensor(1 / (self.steps - k), dtype=torch.float64)
         target = rho - mean_share(output, rho, h, "hard")

@@ -218,6 +218,28 @@ class TableEnvironment:
         """Dt / d rho at process times, any shape."""
         return self.levels / log_level_dot(self.process, t)
 
+    def features_at(
+        self, rho: Tensor, x: Tensor, stiffness: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the networks see of states that lie on no tabulated path.
+
+        Args:
+            rho: Positions [n], within [0, 1].
+            x: States there [n, *sample_shape].
+            stiffness: Their |Q| [n], float64, where the look-ups live.
+
+        Returns:
+            The features [n, m], float32, and log |Q| with its floor [n].
+        """
+        node = (1 - rho) * (self._mean.shape[0] - 1)
+        mean, std = (_interpolate(s, node)[:, 0] for s in (self._mean, self._std))
+        white = self._whiten(x.double().flatten(1).to(mean), mean, std)
+        index = ((1 - rho) * (_LOOKUP - 1)).round().long().clamp(0, _LOOKUP - 1)
+        log_q = stiffness.clamp_min(1e-300).log()
+        log_floored = torch.maximum(log_q, self._log_floor[index])
+        own = _relative_log(log_floored, self._usual_log[index])[:, None]
+        return torch.cat([own, white], dim=1).float(), log_floored
+
     def log_floored_at(self, rows: Tensor, rho: Tensor) -> Tensor:
         """Log |Q| with its floor at a position; all that a plan needs."""
         place = ((1 - rho) * (_LOOKUP - 1)).clamp(0, _LOOKUP - 1 - 1e-9)
@@ -320,14 +342,7 @@ class ModelEnvironment(TableEnvironment):
                 "denoiser away from its own paths, or lower temperature"
             )
         stiffness = stiffness.to(self.device)
-        node = (1 - place.rho) * (self._mean.shape[0] - 1)
-        mean, std = (_interpolate(s, node)[:, 0] for s in (self._mean, self._std))
-        flat = self._x.double().flatten(1).to(mean)
-        white = self._whiten(flat, mean, std)
-        index = ((1 - place.rho) * (_LOOKUP - 1)).round().long().clamp(0, _LOOKUP - 1)
-        log_q = stiffness.clamp_min(1e-300).log()
-        log_floored = torch.maximum(log_q, self._log_floor[index])
-        own = _relative_log(log_floored, self._usual_log[index])[:, None]
+        features, log_floored = self.features_at(place.rho, self._x, stiffness)
         return Place(
             t=place.t,
             rho=place.rho,
@@ -335,7 +350,7 @@ class ModelEnvironment(TableEnvironment):
             log_floored=log_floored,
             stiffness=stiffness,
             walked=place.walked,
-            features=torch.cat([own, white], dim=1).float(),
+            features=features,
         )
 
 

@@ -276,8 +276,9 @@ class Schedule:
         """Its content, JSON-able: what `to_json` writes, without format and version.
 
         Raises:
-            TypeError: As in `to_json`.
-            ValueError: As there.
+            TypeError: If the process is one of your own whose parameters have no JSON
+                form, or that is no dataclass.
+            ValueError: If the process would come back as another one.
         """
         return {
             "name": self.name,
@@ -338,8 +339,9 @@ class Schedule:
 
         Raises:
             OSError: If that fails; the old file, if any, is then untouched.
-            TypeError: If the process cannot be saved, see `to_json`.
-            ValueError: Likewise.
+            TypeError: If the process is one of your own whose parameters have no JSON
+                form, or that is no dataclass.
+            ValueError: If the process would come back as another one.
         """
         file.write_text(path, self.to_json())
 

@@ -45,7 +45,8 @@ def integrate(
         x: States at the first node, float32 or float64.
         nodes: float64 [K + 1], strictly descending, on any device.
         solver: One that is not adaptive, as in `artlib.sample`.
-        callback: As there.
+        callback: Called as ``callback(k, t_k, x_k)`` at every node k = 0 ... K, with
+            the time as a float and the state there.
         told: Process times [K] whose noise levels the network is told at the nodes;
             by default the nodes themselves.
 

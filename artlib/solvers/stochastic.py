@@ -182,14 +182,14 @@ def gaussian_stochastic_std(
     Args:
         process: The noising process.
         variances: Eigenvalues of C [d], >= 0.
-        grid: As in `sample_stochastic`, like the rest.
-        method: As there.
-        solver: As there.
-        eta: As there.
-        churn: As there.
-        s_min: As there.
-        s_max: As there.
-        s_noise: As there.
+        grid: K + 1 strictly descending process times, the last 0 or above.
+        method: ``"churn"`` or ``"ancestral"``, see the module.
+        solver: Of churn: ``"heun"`` (default) or ``"euler"``; ancestral is Euler's.
+        eta: Of ancestral: share of the noise, within [0, 1]; 0 is plain Euler.
+        churn: :math:`S_{churn}` >= 0; 0 is the plain solver.
+        s_min: Least noise level at which churn acts.
+        s_max: Largest such level.
+        s_noise: Factor on the standard deviation of all fresh noise, > 0.
 
     Returns:
         float64 [d], at the last node.

@@ -175,13 +175,14 @@ def load_autoencoder(
     """A trained autoencoder.
 
     Args:
-        name: As in `load`.
+        name: A key of `RECIPES` whose weights are packaged or were trained here, or
+            the path of a weight file written by ``python -m artlib.zoo.train``.
         device: Where to put it.
 
     Raises:
-        ValueError: As there.
-        FileNotFoundError: As there.
-        StateFileError: As there.
+        ValueError: If there is no network of that name.
+        FileNotFoundError: If its weights are not packaged: they have to be trained.
+        StateFileError: If the weight file is damaged or not what it should be.
     """
     path = _path(name)
     tensors, header = read_state(path, kind=_AUTOENCODER_KIND, known=CHECK_SUMS)
