@@ -35,8 +35,13 @@ from torch import Tensor
 from .._common.checks import as_grid, finite_float, got, positive_int, real_tensor
 from .._common.errors import ExportError, ScheduleFormatError
 from ..flow.processes import Process, check_process
-from .checks import LastStep, describe_origin, end_of_range
-from .schedule import Schedule, through_nodes
+from .schedule import (
+    LastStep,
+    Schedule,
+    describe_origin,
+    end_of_range,
+    through_nodes,
+)
 from .table import Interpolation, Table, quantiles, uniform_clock
 from .time_change import ROUND_OFF, BetaQuantiles, Formula, Linear, NoiseWarp
 

@@ -24,8 +24,7 @@ from ..flow.registry import UnknownProcessError, process_from_dict, saved_proces
 from ..solvers.sample import nfe
 from ..solvers.solver import SOLVERS, Solver, SolverLike, solver_of
 from . import file
-from .checks import check_labels, describe_origin
-from .schedule import Schedule
+from .schedule import Schedule, check_labels, describe_origin
 
 
 @dataclass(frozen=True, eq=False, repr=False)
