@@ -8,13 +8,15 @@ from collections.abc import Iterator
 
 import jaxtyping
 import pytest
-
-# `make test` checks every annotation at every call; it has to be asked for before
-# artlib is imported. A plain `pytest` sees the library as a user does.
-if os.environ.get("ARTLIB_TYPECHECK") == "1":
-    jaxtyping.install_import_hook("artlib", "_typecheck.checked")
-
 import torch
+
+# `make test` checks every annotation, see _typecheck.py; it has to be asked for before
+# artlib is imported. A plain `pytest` sees the library as a user does.
+TYPECHECK = os.environ.get("ARTLIB_TYPECHECK") == "1"
+if TYPECHECK:
+    import _typecheck
+
+    _typecheck.install()
 
 try:
     from simulated_device import simulated_device
@@ -22,10 +24,17 @@ except ImportError:  # a torch without what the simulation rests on
     simulated_device = None
 
 
+def pytest_runtest_setup() -> None:
+    if TYPECHECK:
+        _typecheck.start_over()
+
+
 @pytest.fixture
-def as_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_a_user() -> Iterator[None]:
     """Without the run-time type checks, so that the library's own refusals are seen."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def compute(accelerator: Any) -> dict[str, Any]:
     flow = parallel.split(artlib.ProbabilityFlow(PROCESS, denoiser), accelerator)
     table = artlib.stiffness_table(flow, x_T, points=24)
     trainer = artlib.ActorCritic(flow, x_T, steps=6, points=24, warm_up=5)
-    for _ in trainer.train(30):
+    for _ in trainer.train(8):
         pass
     largest = max(batches)
     grid = table.art().grid(10)

@@ -6,6 +6,8 @@ functions and for types only.
 """
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,3 +129,25 @@ def test_what_is_private_stays_in_its_room(module: str) -> None:
         assert not name.startswith("_") or name == "__version__", (
             f"{module} imports {name} from {target}"
         )
+
+
+# What importing costs.
+
+LOADED_LATE = """
+import sys
+
+def none_of(*heavy):
+    assert not set(heavy) & sys.modules.keys(), set(heavy) & sys.modules.keys()
+
+import artlib
+none_of("matplotlib", "PIL")
+import artlib.zoo
+none_of("fontTools", "PIL", "sklearn")
+import artlib.adapters
+artlib.edm(artlib.VE()).to_k_diffusion(3)
+none_of("diffusers", "transformers", "accelerate", "k_diffusion")
+"""
+
+
+def test_what_is_heavy_is_loaded_late() -> None:
+    subprocess.run([sys.executable, "-c", LOADED_LATE], check=True, timeout=120)

@@ -169,7 +169,7 @@ def test_actor_clock_is_the_learned_clock_on_new_samples() -> None:
     problem = mixture_1d(VE(), n=96)
     flow = problem.flow()
     trainer = artlib.ActorCritic(flow, problem.x_T[:64], steps=10, seed=0)
-    for _ in trainer.train(300):
+    for _ in trainer.train(150):
         pass
     nodes: list[Tensor] = []
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +17,8 @@ from artlib.flow.processes import VE, VP, Process, RectifiedFlow
 from artlib.solvers.sample import SOLVERS
 
 SPECTRUM = torch.tensor([4.0, 1.0, 0.3, 0.05, 1e-3], dtype=torch.float64)
-GRIDDED = [name for name, kind in SOLVERS.items() if not kind.adaptive]
+# The other multistep solvers: tests/test_multistep.py.
+GRIDDED = ("euler", "heun", "rk4", "dpmpp_2m")
 NARROW = VE(sigma_min=0.01, sigma_max=10.0)
 
 solvers = pytest.mark.parametrize("solver", GRIDDED)
@@ -34,7 +36,7 @@ def cube_root_grid(process: Process, steps: int, end: float) -> Tensor:
     return nodes
 
 
-@solvers
+@pytest.mark.parametrize("solver", [*GRIDDED, "unipc"])
 @processes
 def test_output_is_that_of_samples(process: Process, solver: str) -> None:
     """Any covariance: the sampled one has the eigenvalues that the function says."""
@@ -75,7 +77,7 @@ def test_one_dpmpp_step_to_zero_returns_the_denoised_prior() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
 
 
-@solvers
+@pytest.mark.parametrize("solver", [*GRIDDED, "unipc"])
 @processes
 def test_differentiable_in_the_grid(process: Process, solver: str) -> None:
     grid = cube_root_grid(process, 4, 0.0)
@@ -147,6 +149,7 @@ def test_order_and_number_of_the_variances() -> None:
 # The oracle.
 
 
+@cache
 def oracle(K: int, solver: str = "euler", seed: int = 0) -> Tensor:
     return artlib.oracle_grid(NARROW, SPECTRUM, K, solver=solver, seed=seed)
 
@@ -249,7 +252,7 @@ def test_oracle_hits_two_variances_with_enough_steps(solver: str) -> None:
         assert reached([4.0, 0.01], 5, solver, seed) < 1e-9
 
 
-@pytest.mark.parametrize("K", [2, 5, 10])
+@pytest.mark.parametrize("K", [2, 7])
 def test_oracle_of_a_single_variance_with_euler_is_known(K: int) -> None:
     """A product of cosines, largest for equal angles: it never reaches 0."""
     angle = math.atan(10.0 / 0.5)
@@ -310,13 +313,13 @@ def test_nothing_beats_the_oracle(solver: str, K: int) -> None:
     assert min(w2(NARROW, rival, solver) for rival in rivals) > least * (1 - 1e-9)
 
 
-@pytest.mark.parametrize(("solver", "K"), [("euler", 6), ("heun", 4)])
+@pytest.mark.parametrize(("solver", "K"), [("euler", 5), ("heun", 5)])
 def test_oracle_does_not_depend_on_the_seed(solver: str, K: int) -> None:
     grids = [oracle(K, solver, seed) for seed in (0, 1)]
     first, second = (w2(NARROW, grid, solver) for grid in grids)
     assert second == pytest.approx(first, rel=1e-4)
     # The same seed gives the same grid to the last bit.
-    assert torch.equal(grids[0], oracle(K, solver, 0))
+    assert torch.equal(grids[0], oracle.__wrapped__(K, solver, 0))
 
 
 def test_oracle_sees_the_law_and_not_its_listing() -> None:

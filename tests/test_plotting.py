@@ -1,8 +1,6 @@
 """Figures: the data drawn is the right data, and the style is one and stays inside."""
 
 import io
-import subprocess
-import sys
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -137,11 +135,6 @@ def test_looks_of_one_figure_differ_even_for_unknown_and_repeated_names():
 
 
 # --- style and pyplot
-
-
-def test_importing_artlib_does_not_import_matplotlib():
-    code = "import sys, artlib; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @every_figure

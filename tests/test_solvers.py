@@ -7,6 +7,7 @@ import math
 import weakref
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -501,7 +502,8 @@ def test_memory_is_flat_in_the_number_of_steps(solver: str) -> None:
         return peak
 
     # What grows is the list of times: a few numbers a step.
-    assert used(800) - used(10) < state, (used(800), used(10), state)
+    many, few = used(200), used(10)
+    assert many - few < state, (many, few, state)
 
 
 @pytest.mark.parametrize("solver", FIXED)
@@ -641,12 +643,14 @@ def test_the_registry_is_read_only() -> None:
 def test_another_device_equals_the_cpu(
     solver: str, dtype: torch.dtype, accelerator: torch.device
 ) -> None:
-    nodes = None if solver == "dopri5" else VE_MIXTURE.grid(20, 0.0)
     x = VE_MIXTURE.x_T.to(dtype)
-    on_cpu = sample(VE_MIXTURE.flow(), x, nodes, solver=solver)
-    # The grid may live on either device.
-    for grid in (nodes, None if nodes is None else nodes.to(accelerator)):
-        there = sample(VE_MIXTURE.flow(), x.to(accelerator), grid, solver=solver)
+    ways: list[dict[str, Any]] = [{"rtol": 1e-3, "atol": 1e-3}]
+    if solver != "dopri5":  # the grid may live on either device
+        nodes = VE_MIXTURE.grid(20, 0.0)
+        ways = [{"grid": nodes}, {"grid": nodes.to(accelerator)}]
+    on_cpu = sample(VE_MIXTURE.flow(), x, **ways[0], solver=solver)
+    for way in ways:
+        there = sample(VE_MIXTURE.flow(), x.to(accelerator), **way, solver=solver)
         assert there.device.type == accelerator.type
         assert there.dtype == on_cpu.dtype
         tolerance = 1e-9 if dtype == torch.float64 else 1e-4
