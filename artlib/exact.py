@@ -32,7 +32,7 @@ from .flow.flow import ProbabilityFlow
 from .flow.processes import Process, as_time, check_process
 from .schedules.constructors import edm, kl_optimal, log_snr
 from .solvers.integrate import integrate
-from .solvers.solver import SolverLike, Step, solver_of
+from .solvers.solver import SolverLike, solver_of
 
 _STARTS = 6
 _ROUND_OFF = 1e-10
@@ -115,7 +115,7 @@ def _output_std(
 
 
 def _check_linear(
-    process: Process, lam: Tensor, nodes: Tensor, solver: Step, std: Tensor
+    process: Process, lam: Tensor, nodes: Tensor, solver: SolverLike, std: Tensor
 ) -> None:
     """Refuse a step that does not multiply every coordinate by a number of its own."""
     alpha, sigma = process.alpha(nodes[0]), process.sigma(nodes[0])
