@@ -502,7 +502,7 @@ def test_memory_is_flat_in_the_number_of_steps(solver: str) -> None:
         return peak
 
     # What grows is the list of times: a few numbers a step.
-    many, few = used(200), used(10)
+    few, many = used(10), used(200)
     assert many - few < state, (many, few, state)
 
 
