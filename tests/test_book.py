@@ -146,7 +146,8 @@ def test_every_chapter_is_in_the_contents() -> None:
     listed = {name for name in files if name.startswith("notebooks/")}
     assert listed == {f"notebooks/{path.stem}" for path in NOTEBOOKS}
     pages = {name for name in files if name.startswith("book/")}
-    assert pages == {f"book/{path.stem}" for path in (ROOT / "book").glob("*.md")}
+    found = (path.relative_to(ROOT) for path in (ROOT / "book").rglob("*.md"))
+    assert pages == {path.with_suffix("").as_posix() for path in found}
 
 
 # The paper map.

@@ -206,14 +206,14 @@ def test_every_name_that_the_file_system_takes_is_saved(
 
 KILLED = """
 import os, sys, time
-from artlib import _files
+from artlib._common import files
 
 def wait(descriptor):
     print("writing", flush=True)
     time.sleep(60)
 
 os.fsync = wait
-_files.write_bytes(sys.argv[1], b"half")
+files.write_bytes(sys.argv[1], b"half")
 """
 
 

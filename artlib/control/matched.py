@@ -175,7 +175,7 @@ def check_reference(noise: Noise, found: float) -> float:
     Returns:
         The estimate, root mean square per coordinate; NaN where it cannot be made.
     """
-    few = noise.rows(slice(_CHECKED))
+    few = noise.rows(slice(min(_CHECKED, noise.batch or _CHECKED)))
     try:
         with torch.no_grad():
             coarse = _end(few.flow, few.x, REFERENCE_POINTS // 2)

@@ -273,6 +273,8 @@ def _multistep_pair(
         state, drift = here.x, torch.zeros_like(here.x)
         for k, (now, then) in enumerate(pairwise(walk)):
             position = Position(flow, state, now, then, past=tuple(made[:history]))
+            if not k:  # known already
+                position.denoised = here.denoised
             after = _advance(kind, position)
             if not k:  # a correction at the start is the error of the step before
                 drift = position.x - here.x

@@ -118,6 +118,10 @@ class Position:
             self._denoised = self.flow.denoise(x, time)
         return self._denoised
 
+    @denoised.setter
+    def denoised(self, known: Tensor) -> None:
+        self._denoised = known
+
     def remembered(self) -> Evaluated:
         """What later steps may use of this node."""
         return Evaluated(self.node, self.x, self.denoised)
