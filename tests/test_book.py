@@ -141,7 +141,9 @@ def test_no_two_chapters_define_the_same_name() -> None:
 
 def test_every_chapter_is_in_the_contents() -> None:
     toc = yaml.safe_load(read("_toc.yml"))
-    files = [toc["root"], *(c["file"] for p in toc["parts"] for c in p["chapters"])]
+    chapters = [chapter for part in toc["parts"] for chapter in part["chapters"]]
+    sections = [section for c in chapters for section in c.get("sections", [])]
+    files = [toc["root"], *(entry["file"] for entry in [*chapters, *sections])]
     assert len(files) == len(set(files))
     listed = {name for name in files if name.startswith("notebooks/")}
     assert listed == {f"notebooks/{path.stem}" for path in NOTEBOOKS}

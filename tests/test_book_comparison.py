@@ -113,7 +113,7 @@ CELL = ("table", "cells", "euler 2", "KL-optimal")
         (
             ("table", "samples", "euler 2", "EDM", 0),
             1.08,
-            "EDM, euler 2: the error of sample 0 is",
+            "EDM, euler 2: the error is",
         ),
         (
             ("table", "samples", "euler 4", "EDM", 2),
