@@ -2,7 +2,7 @@
 
 Checking takes longer than most of what is checked: with it the tests of the exact error
 took four times as long, those of the closed form twice. So a test's first calls are all
-checked and then one in 31, a number that no loop has as its period. The same goes for
+checked and then one in 101, a number that no loop has as its period. The same goes for
 functions inside functions, which are new, and prepared, at each call of the outer one.
 """
 
@@ -13,7 +13,7 @@ import jaxtyping
 from beartype import BeartypeConf, beartype
 from jaxtyping import config
 
-FIRST, THEN = 300, 31
+FIRST, THEN = 100, 101
 
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 _jaxtyped = jaxtyping.jaxtyped
