@@ -9,7 +9,7 @@ all tried, cheaply and from the same noise:
 3. the best of those refined, nodes and levels, by gradient (`artlib.refine`), within a
    budget of evaluations or of seconds;
 4. all that is left judged on noise that nothing so far has seen, by rms times mean
-   norm, with a paired bootstrap interval of the winner's lead.
+   norm, with paired bootstrap intervals of the winner's lead in rms and median.
 
 All of this is ours.
 """
@@ -33,9 +33,17 @@ from tqdm import tqdm
 from ._common.checks import check_samples, finite_float, got, positive_int
 from ._common.files import check_output, write_bytes
 from ._common.precision import full_precision
+from .comparison.bootstrap import percentiles, resample, statistic
 from .control.closed_form import art
 from .control.few_steps import refine
-from .control.matched import Noise, Size, check_reference, halves, matched_noise
+from .control.matched import (
+    Noise,
+    Size,
+    check_reference,
+    check_share,
+    halves,
+    matched_noise,
+)
 from .control.stiffness import check_process
 from .control.told import calibrated_levels
 from .flow.flow import ProbabilityFlow, check_flow
@@ -151,7 +159,7 @@ def tune(
         UserWarning: If the reference is too coarse to judge by.
     """
     check_flow(flow)
-    check_samples(x_T)
+    check_share(held_out, len(check_samples(x_T)))
     budgets = [nfe] if isinstance(nfe, int) else list(nfe)
     for number in budgets:
         if positive_int(number, "nfe") < 2:
@@ -222,11 +230,14 @@ def _verdict(made: Mapping[str, Any]) -> str:
     lead = made["lead"]
     if lead is None:
         return "Nothing else was judged."
-    low, high = lead["low"], lead["high"]
-    resolved = "resolved" if high < 1 else "not resolved"
+    texts = [
+        f"{name} {value:.3f} [{low:.3f}, {high:.3f}]"
+        for name, (value, low, high) in ((n, lead[n]) for n in ("rms", "median"))
+    ]
+    resolved = all(lead[name][2] < 1 for name in ("rms", "median"))
     return (
-        f"Mean error over that of {lead['over']}: {lead['ratio']:.3f} "
-        f"[{low:.3f}, {high:.3f}], {resolved} on {lead['noises']} noises."
+        f"Over {lead['over']}: {', '.join(texts)}; the lead is "
+        f"{'' if resolved else 'not '}resolved on {lead['noises']} noises."
     )
 
 
@@ -302,8 +313,8 @@ class _Search:
             tried.sort(key=lambda c: c.score)
             finalists = self.first(tried)
             for candidate in list(finalists):
-                if solver_of(candidate.plan.solver).tellable:
-                    finalists.append(self.told(candidate))
+                told = self.told(candidate)
+                finalists += [] if told is None else [told]
                 bar.update()
             for candidate in list(finalists[:FINALISTS]):
                 refined = self.refined(candidate)
@@ -338,9 +349,14 @@ class _Search:
                 found.append(candidate)
         return found[:FINALISTS]
 
-    def told(self, candidate: _Candidate) -> _Candidate:
+    def told(self, candidate: _Candidate) -> _Candidate | None:
+        """Other levels told, or None if honest ones are the best."""
         plan, kind = candidate.plan, solver_of(candidate.plan.solver)
+        if not kind.tellable:
+            return None
         levels = calibrated_levels(self.learn, plan.nodes, kind)
+        if torch.equal(levels, plan.told):
+            return None
         name = f"{plan.name}, told"
         told = Plan.made(
             plan.process,
@@ -375,6 +391,8 @@ class _Search:
                 )
             except ValueError:  # a refinement that diverges loses nothing
                 return None
+        if plan.provenance["error_after"] == plan.provenance["error_before"]:
+            return None  # the start came back
         name = f"{candidate.plan.name}, refined"
         nodes = (
             plan.nodes if isinstance(plan, Plan) else plan.grid(candidate.plan.steps)
@@ -405,7 +423,7 @@ class _Search:
         size, errors, best = rows[0]
         check_reference(self.judge, size.mean)
         lead = None
-        if len(rows) > 1:
+        if len(rows) > 1 and len(errors) > 1:
             lead = {"over": rows[1][2].name, **_lead(errors, rows[1][1])}
         return Plan.made(
             best.process,
@@ -431,18 +449,17 @@ def _row(plan: Plan, size: Size) -> dict[str, Any]:
     return {"name": plan.name, **{k: min(v, 1e30) for k, v in numbers.items()}}
 
 
-def _lead(best: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """Ratio of the mean errors, 95 % paired bootstrap interval over the noises."""
-    rng = np.random.default_rng(0)
-    rows = rng.integers(0, len(best), (2000, len(best)))
-    ratios = best[rows].mean(1) / other[rows].mean(1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return {
-        "ratio": float(best.mean() / other.mean()),
-        "low": float(low),
-        "high": float(high),
-        "noises": len(best),
-    }
+def _lead(best: np.ndarray, other: np.ndarray) -> dict[str, Any]:
+    """Ratios of rms and median, each with a 95 % paired bootstrap interval."""
+    both, found = np.stack([best, other]), {}
+    for name, measure in (("rms", "error"), ("median", "median")):
+        value = statistic(both, measure)
+        with np.errstate(divide="ignore", invalid="ignore"):  # two exact samplers
+            draws = resample(both, measure, resamples=2000, seed=0)
+            ratios, ratio = draws[0] / draws[1], value[0] / value[1]
+        interval = percentiles(ratio, np.nan_to_num(ratios, nan=1.0), 0.95)
+        found[name] = [float(v) for v in np.nan_to_num(interval, nan=1.0)]
+    return {**found, "noises": len(best)}
 
 
 def _fingerprint(

@@ -56,7 +56,7 @@ def test_the_winner_leads_on_noise_that_none_has_seen() -> None:
     scores = [row["rms"] * row["mean"] for row in notes["finalists"]]
     assert scores == sorted(scores)
     assert ("not resolved" in artlib.tuning_report(plan)) == (
-        notes["lead"]["high"] >= 1
+        any(notes["lead"][m][2] >= 1 for m in ("rms", "median"))
     )
 
 

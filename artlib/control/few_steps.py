@@ -42,14 +42,21 @@ from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 from tqdm import tqdm
 
-from .._common.checks import finite_float, got, positive_int
+from .._common.checks import check_samples, got, positive_int
 from .._common.precision import full_precision
 from ..flow.flow import ProbabilityFlow, check_flow
 from ..flow.processes import Process
 from ..schedules.constructors import Schedule, from_grid
 from ..schedules.plan import Plan
 from ..solvers.solver import SolverLike, solver_of
-from .matched import Noise, Size, check_reference, halves, matched_noise
+from .matched import (
+    Noise,
+    Size,
+    check_reference,
+    check_share,
+    halves,
+    matched_noise,
+)
 from .stiffness import check_process
 from .told import calibrated_levels
 
@@ -493,13 +500,7 @@ def _problem(
             f"told: {kind.name} makes several evaluations a step, which are told their "
             "own levels; use euler or a multistep solver"
         )
-    share = finite_float(held_out, "held_out", positive=True)
-    if share >= 1 or (isinstance(x_T, Tensor) and len(x_T) < 2):
-        halves_of = len(x_T)
-        raise ValueError(
-            f"held_out: a share of {share} of {halves_of} samples leaves none on one "
-            "of the two sides; pass a share within (0, 1) and at least two samples"
-        )
+    check_share(held_out, len(check_samples(x_T)))
     batch = None if batch is None else positive_int(batch, "batch")
     noise = matched_noise(flow, x_T, reference, batch)
     moving, judging = halves(noise, held_out)

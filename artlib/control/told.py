@@ -30,14 +30,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .._common.checks import positive_int
+from .._common.checks import check_samples, positive_int
 from .._common.precision import full_precision
 from ..flow.flow import ProbabilityFlow, check_flow
 from ..flow.processes import Process
 from ..schedules.plan import Plan
 from ..schedules.schedule import Schedule
 from ..solvers.solver import Solver, SolverLike, solver_of
-from .matched import Noise, Size, check_reference, halves, matched_noise
+from .matched import (
+    Noise,
+    Size,
+    check_reference,
+    check_share,
+    halves,
+    matched_noise,
+)
 from .stiffness import check_process
 
 INNER = {
@@ -138,6 +145,7 @@ def tell(
         )
     nodes = schedule.grid(positive_int(K, "K"))
     batch = None if batch is None else positive_int(batch, "batch")
+    check_share(held_out, len(check_samples(x_T)))
     noise = matched_noise(flow, x_T, reference, batch)
     learn, judge = halves(noise, held_out)
     bar = tqdm(desc="tell", unit="run", disable=not progress)
