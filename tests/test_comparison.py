@@ -754,6 +754,29 @@ def test_exchanged_cells_have_the_inverse_ratio_and_equal_ones_ratio_one():
         )
 
 
+def test_a_verdict_is_that_of_the_worse_measure():
+    rng = np.random.default_rng(5)
+    hard = np.exp(rng.normal(size=200))
+    # Nine in ten are nearer, one in ten far off: by the median ahead, by rms behind.
+    far = np.where(np.arange(200) % 10, 0.5, 20.0)
+    table = made_up(
+        {(5, "half"): hard / 2, (5, "far"): far * hard, (5, "EDM"): hard}
+        | {(5, "even"): hard * np.exp(rng.normal(size=200) / 5)}
+    )
+    assert table.verdict("euler", 5, "half", "EDM") == "ahead"
+    assert table.verdict("euler", 5, "EDM", ("euler", 5, "half")) == "behind"
+    assert table.verdict("euler", 5, "even", "EDM") == "open"
+    assert table.verdict("euler", 5, "EDM", "EDM") == "open"
+    assert table.verdict("euler", 5, "far", "EDM", measures=["median"]) == "ahead"
+    assert table.verdict("euler", 5, "far", "EDM", measures=["error"]) == "behind"
+    assert table.verdict("euler", 5, "far", "EDM") == "behind"
+    for bad in ("median", ()):
+        with pytest.raises(ValueError, match="measures"):
+            table.verdict("euler", 5, "half", "EDM", measures=bad)
+    with pytest.raises(ValueError, match='expected "error" or "median"'):
+        table.verdict("euler", 5, "half", "EDM", measures=["frechet"])
+
+
 def test_nfe_ratio_is_exact_for_power_laws_and_holds_the_truth():
     rng = np.random.default_rng(4)
     hard = np.exp(rng.normal(size=60))

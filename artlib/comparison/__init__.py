@@ -3,7 +3,7 @@
 from .bootstrap import Interval
 from .compare import Budgets, ClockFor, Measure, baselines, compare, references
 from .quality import nfe_ratio, nfe_to_quality
-from .table import Cell, Comparison, HasGrid
+from .table import Cell, Comparison, HasGrid, Verdict
 
 __all__ = [
     "Budgets",
@@ -13,6 +13,7 @@ __all__ = [
     "HasGrid",
     "Interval",
     "Measure",
+    "Verdict",
     "baselines",
     "compare",
     "nfe_ratio",

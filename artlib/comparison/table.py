@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -28,6 +28,9 @@ class HasGrid(Protocol):
 
 Cell: TypeAlias = tuple[str, int, str]
 """Solver, number of steps K, label of the schedule."""
+
+Verdict: TypeAlias = Literal["ahead", "open", "behind"]
+"""What paired samples say of two cells, see `Comparison.verdict`."""
 
 _DIGITS = 4
 """Significant digits of the error of one sample."""
@@ -213,6 +216,61 @@ class Comparison:
                 "there is no ratio to it"
             )
         return percentiles(found[0] / found[1], draws[0] / draws[1], level)
+
+    def verdict(
+        self,
+        solver: str,
+        K: int,
+        label: str,
+        other: str | Cell,
+        *,
+        measures: Sequence[str] = ("error", "median"),
+        level: float = 0.95,
+        resamples: int = 2000,
+        seed: int = 0,
+    ) -> Verdict:
+        """Whether one cell has a smaller error than another, by the worse measure.
+
+        By one measure it is ``"ahead"`` if the interval of `ratio` lies below 1,
+        ``"behind"`` if it lies above, and else ``"open"``. Root mean square and median
+        may disagree: the few samples that end far from their reference make the one
+        and not the other. The verdict is the worse.
+
+        Args:
+            solver: Which solver.
+            K: Number of steps.
+            label: Which schedule.
+            other: The schedule to compare it with, or ``(solver, K, label)``.
+            measures: Those that it has to be ahead in.
+            level: Share of the draws inside of the intervals.
+            resamples: How often the samples are drawn again.
+            seed: Of those draws.
+
+        Raises:
+            KeyError: If there are no errors of single samples.
+            ValueError: If an argument is out of its range, see `ratio`.
+        """
+        if isinstance(measures, str) or not measures:
+            raise ValueError(
+                'measures: expected names such as ("error", "median"), got '
+                f"{got(measures)}"
+            )
+        found = [
+            self.ratio(
+                solver,
+                K,
+                label,
+                other,
+                measure=measure,
+                level=level,
+                resamples=resamples,
+                seed=seed,
+            )
+            for measure in measures
+        ]
+        if any(ratio.low > 1 for ratio in found):
+            return "behind"
+        return "ahead" if all(ratio.high < 1 for ratio in found) else "open"
 
     def paired(self, cells: Sequence[Cell]) -> np.ndarray:
         """The errors of the same samples in several cells [cells, seeds * count].
