@@ -60,6 +60,7 @@ full: $(INSTALLED)
 
 zoo: $(INSTALLED)
 	$(PY) -m artlib.zoo.train missing --out artlib/zoo/weights --checkpoints _build/zoo
+	@$(PY) tools/check_sums.py
 
 cifar: $(INSTALLED)
 	@$(PY) -m artlib.zoo.get_cifar

@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import artlib
+from artlib._common.version import RELEASE, REPOSITORY
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -214,6 +215,7 @@ def test_first_cell_names_the_release_that_the_chapters_belong_to() -> None:
     unreleased = read("CHANGELOG.md").split("## [Unreleased]")[1].split("\n## [")[0]
     last = Version(PROJECT["version"])
     assert Version(tag) > last if unreleased.strip() else Version(tag) == last
+    assert f"v{tag}" == RELEASE  # where the library's own files are fetched
 
 
 def test_address_of_the_repository_is_the_same_everywhere() -> None:
@@ -221,6 +223,7 @@ def test_address_of_the_repository_is_the_same_everywhere() -> None:
     assert yaml.safe_load(read("CITATION.cff"))["repository-code"] == URL
     assert f"git+{URL}\n" in read("README.md")
     assert f'"{URL}"' in read("tools/first_cell.py")
+    assert REPOSITORY == URL
 
 
 def test_names_and_licence_agree() -> None:
