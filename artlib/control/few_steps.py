@@ -38,7 +38,6 @@ from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import torch
-from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 from tqdm import tqdm
 
@@ -264,7 +263,7 @@ def _search(
     objective = problem.with_gradient(z)
     bar = tqdm(total=iterations, desc="refine", unit="it", disable=not progress)
 
-    def after_iteration(intermediate_result: OptimizeResult) -> None:
+    def after_iteration(intermediate_result: Any) -> None:
         moved, told = problem.unpacked(torch.from_numpy(intermediate_result.x))
         size = problem.judging.size(moved, problem.solver, told)
         best.offer(moved, told, size)
@@ -272,6 +271,8 @@ def _search(
         spent = problem.moving.counter.nfe >= limit
         if best.waited >= PATIENCE or spent:
             raise StopIteration
+
+    from scipy.optimize import minimize
 
     options: dict[str, Any] = {"maxiter": iterations, "gtol": 1e-5}
     with bar:

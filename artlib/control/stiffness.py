@@ -22,10 +22,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from .._common.checks import finite_float, got, positive_int, require_finite
+from .._common.interpolation import pchip
 from .._common.types import TimeLike
 from ..flow.noise_coordinate import log_level, table_times
 from ..flow.processes import Process, as_time
@@ -134,7 +134,7 @@ class StiffnessTable:
         log_q = np.log(np.maximum(values / scale, 1e-24))
         # scipy wants ascending abscissae; times descend.
         level = log_level(self.process, self.times).numpy()
-        cubic = PchipInterpolator(level[::-1], log_q[:, ::-1], axis=1)
+        cubic = pchip(level[::-1], log_q[:, ::-1], axis=1)
         fine = log_level(self.process, self.fine_times).numpy()
         inside = np.clip(fine, level[-1], level[0])
         return torch.from_numpy(peak * np.exp(cubic(inside)))
