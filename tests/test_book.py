@@ -163,7 +163,7 @@ def map_rows() -> list[list[str]]:
 
 @pytest.mark.parametrize("row", map_rows(), ids=lambda row: row[1])
 def test_paper_map_names_what_exists(row: list[str]) -> None:
-    _, _, chapter, functions, tests = row
+    _, _, chapter, functions, code, tests = row
     documents = re.findall(r"\{doc\}`[^<]+<\.\./([^>]+)>`", chapter)
     (document,) = documents
     path = ROOT / f"{document}.ipynb"
@@ -172,11 +172,19 @@ def test_paper_map_names_what_exists(row: list[str]) -> None:
     assert names, "no function named"
     for name in names:
         resolve(name)
+    places = re.findall(r"`([\w.]+)`", code)
+    assert places, "no code named"
+    found = [place_of_code(place) for place in places]
     cases = re.findall(r"`(test_\w+)::(test_\w+)`", tests)
     assert cases, "no test named"
-    if number := re.search(r"<(eq-paper-\d+)>", row[0]):
+    if equation := re.search(r"<eq-paper-(\w+)>", row[0]):
         sources = "".join(cell.source for cell in notebook(path).cells)
-        assert f"({number[1]})=" in sources, f"{path.stem} has no {number[1]}"
+        assert f"(eq-paper-{equation[1]})=" in sources, f"no {equation[1]}"
+        for place, thing in zip(places, found, strict=True):
+            told = " ".join((thing.__doc__ or "").split())
+            assert re.search(rf"\beqs?\. [^.]*\({equation[1]}\)", told), (
+                f"the docstring of artlib.{place} does not name eq. ({equation[1]})"
+            )
     for module, case in cases:
         tree = ast.parse(read(f"tests/{module}.py"))
         defined = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
@@ -193,6 +201,29 @@ def resolve(name: str) -> object:
     for part in filter(None, rest.split(".")):
         found = getattr(found, part)
     return found
+
+
+def place_of_code(name: str) -> object:
+    """What a module of artlib defines, by the module's path and the names in it."""
+    parts = name.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        module = ".".join(("artlib", *parts[:length]))
+        try:
+            found: Any = import_module(module)
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            found = getattr(found, part)
+        owner = getattr(found, "__module__", module)  # a property has none
+        assert owner == module, f"{name} is defined in {owner}"
+        return found
+    raise ModuleNotFoundError(f"artlib has no module for {name}")
+
+
+def test_every_equation_of_the_paper_that_has_a_number_is_in_the_map() -> None:
+    numbers = [re.search(r"<eq-paper-(\w+)>", row[0]) for row in map_rows()]
+    expected = [str(n) for n in range(1, 19)] + ["29a", "29b", "30"]
+    assert [number[1] for number in numbers if number] == expected
 
 
 # Files that say the same thing twice.

@@ -113,7 +113,11 @@ def step_of(solver: SolverLike, order: int | None) -> tuple[Step, int | None]:
 def measure(
     flow: ProbabilityFlow, path: Trajectory, solver: SolverLike, order: int | None
 ) -> SolverErrors:
-    r""":math:`Q_p` of a solver along reference paths.
+    r""":math:`Q_p` of a solver along reference paths, from its local error.
+
+    A step over a process time h leaves :math:`h^{p+1} Q_p` behind. For Euler that is
+    eq. (7): :math:`Q_1 = Q/2`, and a step of the clock takes :math:`\theta` times as
+    much process time.
 
     Args:
         flow: The flow.

@@ -145,14 +145,14 @@ class StiffnessTable:
         return self.fine_values.mean(0)
 
     def cost(self, schedule: Schedule) -> float:
-        r"""Cost :math:`C = E\int |Q_p|\,\theta^{p+1}\, ds` of a schedule, >= 0.
+        r"""Cost :math:`C = E\int |Q_p|\,\theta^{p+1}\, ds` of a schedule, eq. (9).
 
         Args:
             schedule: Any schedule of the same process; a pinned one is judged by its
                 continuous clock down to t_min (its last step is not in C).
 
         Returns:
-            C in units of x, [length], for p = 1; compare with `lower_bound`.
+            C >= 0 in units of x, [length], for p = 1; compare with `lower_bound`.
 
         Raises:
             ValueError: If the schedule belongs to another process.
@@ -227,7 +227,7 @@ class StiffnessTable:
         exponent: float | None = None,
         provenance: dict[str, Any] | None = None,
     ) -> Schedule:
-        r"""The closed-form schedule.
+        r"""The closed-form schedule, whose speed is the optimal control of eq. (18).
 
         Args:
             average: ``"open_loop"``, density :math:`(E|Q|)^{1/2}`, optimal among
@@ -281,7 +281,8 @@ class StiffnessTable:
         r"""Value function :math:`V = -G^2 / (T - s)` of the mean problem, eq. (10).
 
         For order p it is :math:`-G^{p+1} / (T - s)^p` with
-        :math:`G = \int_\psi^T (E|Q_p|)^{1/(p+1)}`.
+        :math:`G = \int_\psi^T (E|Q_p|)^{1/(p+1)}`. With :math:`\lambda t`
+        added it solves the randomised equation, eq. (16), which is what eq. (17) says.
 
         Args:
             clock: Clock s in [0, T).
