@@ -7,6 +7,7 @@ import sys
 import tomllib
 from functools import cache
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,23 @@ def test_text_form_gives_the_same_notebook(path: Path) -> None:
     def essence(cells: list[Any]) -> list[tuple[Any, ...]]:
         return [(c.cell_type, c.source, c.metadata) for c in cells]
 
-    again = to_notebook(to_text(notebook(path)))
-    assert essence(again.cells) == essence(notebook(path).cells)
+    text = path.parent / "text" / f"{path.stem}.md"
+    assert text.is_file(), f"{text.name} is missing, write it: make texts"
+    again = essence(to_notebook(text.read_text(encoding="utf-8")).cells)
+    for number, (ours, theirs) in enumerate(
+        zip_longest(again, essence(notebook(path).cells)), start=1
+    ):
+        assert ours == theirs, (
+            f"cell {number} differs between text and notebook; who edited the "
+            f"notebook runs: make texts; who edited the text: python tools/md2nb.py "
+            f"notebooks/text/{text.name} notebooks/{path.name}"
+        )
+    assert text.read_text(encoding="utf-8") == to_text(notebook(path))
+
+
+def test_every_text_belongs_to_a_chapter() -> None:
+    texts = {path.stem for path in (ROOT / "notebooks" / "text").iterdir()}
+    assert texts == {path.stem for path in NOTEBOOKS}
 
 
 def test_no_two_chapters_define_the_same_name() -> None:

@@ -128,6 +128,22 @@ def test_first_cell_is_renewed_and_nothing_else(
         md2nb.main()
 
 
+def test_texts_are_written_beside_the_notebooks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nbformat.write(to_notebook(CHAPTER), tmp_path / "01-a.ipynb")
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "00-gone.md").write_text("of no notebook")
+    md2nb.write_texts(tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["01-a.md"]
+    text = (folder / "01-a.md").read_text()
+    assert to_notebook(text) == to_notebook(CHAPTER)
+    monkeypatch.setattr(sys, "argv", ["md2nb.py", "--texts", "a.ipynb"])
+    with pytest.raises(SystemExit):
+        md2nb.main()
+
+
 def test_chapter_runs_without_jupyter(tmp_path: Path) -> None:
     path = tmp_path / "small.ipynb"
     text = """

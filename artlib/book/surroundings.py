@@ -102,7 +102,7 @@ def picture(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=FIGURE_DPI, bbox_inches="tight")
     drawn = PIL.Image.open(buffer).convert("RGBA")
-    if drawn.getextrema()[3] == (255, 255):
+    if drawn.getchannel("A").getextrema() == (255, 255):
         drawn = drawn.convert("RGB")
         drawn = _in_few_colours(drawn) or drawn
     buffer = io.BytesIO()
