@@ -334,6 +334,19 @@ def test_commands_of_the_readme_exist_and_ci_runs_them() -> None:
     assert ran == ["test", "book"]
 
 
+def test_the_public_host_runs_the_same() -> None:
+    text = read(".github/workflows/test.yml")
+    (job,) = yaml.safe_load(text)["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [
+        "make setup",
+        "bash .ci/run",
+    ]
+    (python,) = (s["with"] for s in job["steps"] if "setup-python" in s.get("uses", ""))
+    assert python["python-version"] == PROJECT["requires-python"].removeprefix(">=")
+    assert all((ROOT / f).is_file() for f in python["cache-dependency-path"].split())
+    assert "secrets" not in text
+
+
 def test_example_of_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
