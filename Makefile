@@ -10,7 +10,7 @@ PIP_ARGS ?=
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test lint notebooks status full zoo cifar bench clean
+.PHONY: help setup book test lint notebooks status texts full zoo cifar bench clean
 
 help:
 	@echo "make setup                create $(VENV) and install everything (book and test do it)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test                 lint, types, book, unit tests, and every notebook re-executed"
 	@echo "make lint                 only ruff and mypy"
 	@echo "make notebooks            re-execute all chapters in place; CHAPTER=04 only that one"
+	@echo "make texts                write the chapters as text, notebooks/text"
 	@echo "make status               the same, and write the runtimes on the build status page"
 	@echo "make full CHAPTER=10      a chapter at full size, as plain Python (use a GPU)"
 	@echo "make zoo                  train the networks that are not fully trained yet (use a GPU)"
@@ -50,6 +51,9 @@ lint: $(INSTALLED)
 notebooks: $(INSTALLED)
 	$(PY) tools/execute_notebooks.py $(CHAPTER)
 
+texts: $(INSTALLED)
+	@$(PY) tools/md2nb.py --texts
+
 status: $(INSTALLED)
 	$(PY) tools/execute_notebooks.py --record-runtimes $(CHAPTER)
 	$(PY) tools/build_status.py
@@ -60,6 +64,7 @@ full: $(INSTALLED)
 
 zoo: $(INSTALLED)
 	$(PY) -m artlib.zoo.train missing --out artlib/zoo/weights --checkpoints _build/zoo
+	@$(PY) tools/check_sums.py
 
 cifar: $(INSTALLED)
 	@$(PY) -m artlib.zoo.get_cifar

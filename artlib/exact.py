@@ -23,8 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import least_squares, minimize
-from scipy.special import ellipj, ellipk
 from torch import Tensor
 
 from ._common.checks import as_grid, as_variances, positive_int
@@ -388,6 +386,8 @@ def zolotarev_nodes(
     low, high = (v / (v + t_max**2) for v in (smallest, largest))
     m = 1 - low / high
     index = np.arange(1, 2 * K)
+    from scipy.special import ellipj, ellipk
+
     sn, cn, _, _ = ellipj(index * ellipk(m) / (2 * K), m)
     c = low * (sn / cn) ** 2
     squares = (c * t_max**2 / (1 + c))[::-1]  # the largest first: pole, zero, pole ...
@@ -434,6 +434,8 @@ def _zero(
         return np.asarray(rows) / width
 
     stop: dict[str, Any] = {"xtol": 1e-14, "ftol": 1e-3, "gtol": 1e-14, "max_nfev": 60}
+    from scipy.optimize import least_squares
+
     for z in starts:
         end = least_squares(value, z, jac=jacobian, **stop)
         if np.linalg.norm(end.fun) <= _ROUND_OFF:
@@ -451,6 +453,8 @@ def _descend(
         loss = torch.log(torch.linalg.norm(residuals(logits)) + 1e-14)
         (gradient,) = torch.autograd.grad(loss, logits)
         return float(loss.detach()), gradient.numpy()
+
+    from scipy.optimize import minimize
 
     end = minimize(objective, z, jac=True, method="BFGS", options=options)
     return np.asarray(end.x)

@@ -84,7 +84,7 @@ def tune(
     seconds: float | None = ...,
     evaluations: int | None = ...,
     reference: Tensor | None = ...,
-    held_out: float = ...,
+    held_out_share: float = ...,
     batch: int | None = ...,
     file: str | os.PathLike[str] | None = ...,
     progress: bool = ...,
@@ -102,7 +102,7 @@ def tune(
     seconds: float | None = ...,
     evaluations: int | None = ...,
     reference: Tensor | None = ...,
-    held_out: float = ...,
+    held_out_share: float = ...,
     batch: int | None = ...,
     file: str | os.PathLike[str] | None = ...,
     progress: bool = ...,
@@ -119,7 +119,7 @@ def tune(
     seconds: float | None = None,
     evaluations: int | None = None,
     reference: Tensor | None = None,
-    held_out: float = 0.5,
+    held_out_share: float = 0.5,
     batch: int | None = None,
     file: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -140,7 +140,7 @@ def tune(
         evaluations: Evaluations of a batch that one refinement may spend; by default
             300 runs.
         reference: Accurate x_0 of the same ``x_T``; by default integrated here.
-        held_out: Share of ``x_T`` that only the final judgement sees.
+        held_out_share: Share of ``x_T`` that only the final judgement sees.
         batch: Samples computed together; by default all.
         file: A JSON file that keeps each finished plan, so that a stopped call goes on
             where it stopped; a file of another flow, noise or choice is refused.
@@ -159,7 +159,7 @@ def tune(
         UserWarning: If the reference is too coarse to judge by.
     """
     check_flow(flow)
-    check_share(held_out, len(check_samples(x_T)))
+    check_share(held_out_share, len(check_samples(x_T)))
     budgets = [nfe] if isinstance(nfe, int) else list(nfe)
     for number in budgets:
         if positive_int(number, "nfe") < 2:
@@ -189,11 +189,11 @@ def tune(
         for schedule in schedules.values():
             check_process(schedule, flow.process)
     with full_precision():
-        store = _Store(file, _fingerprint(flow, x_T, kinds, schedules, held_out))
+        store = _Store(file, _fingerprint(flow, x_T, kinds, schedules, held_out_share))
         todo = [number for number in budgets if store.plan(number) is None]
         if todo:
             noise = matched_noise(flow, x_T, reference, batch)
-            learn, judge = halves(noise, held_out)
+            learn, judge = halves(noise, held_out_share)
             lists = dict(schedules or _untrained(learn, batch))
             for number in todo:
                 search = _Search(learn, judge, lists, kinds, number, limit, spend)
@@ -467,7 +467,7 @@ def _fingerprint(
     x_T: Tensor,
     kinds: Sequence[Any],
     schedules: Mapping[str, Schedule] | None,
-    held_out: float,
+    held_out_share: float,
 ) -> dict[str, Any]:
     """What a file has to belong to: flow, noise and choices, by a probe of the flow."""
     few = x_T[:2].detach()
@@ -482,7 +482,7 @@ def _fingerprint(
         "schedules": None
         if schedules is None
         else {label: s.grid(8).tolist() for label, s in schedules.items()},
-        "held_out": held_out,
+        "held_out": held_out_share,
     }
 
 

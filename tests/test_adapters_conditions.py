@@ -4,7 +4,6 @@ import ast
 import copy
 import inspect
 import math
-import os
 import pickle
 import sys
 import types
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from pipelines import BETAS, diffusers, noise, ours, small_vae
 from torch import Tensor, nn
 
 import artlib
@@ -20,24 +20,8 @@ from artlib.adapters.diffusers import denoiser, scheduler_process
 from artlib.adapters.diffusers.guidance import Guidance
 from artlib.adapters.diffusers.times import TOLD_1000_T, TOLD_T, innermost
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-diffusers = pytest.importorskip("diffusers", reason="no diffusers")
-transformers = pytest.importorskip("transformers", reason="no transformers")
-transformers.utils.logging.set_verbosity_error()
-
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 HALF = torch.tensor(0.5, dtype=torch.float64)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> None:
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-
-
-def noise(*shape: int, seed: int = 5) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Echo(nn.Module):
@@ -510,24 +494,6 @@ def test_a_table_that_ends_without_signal_is_refused_with_epsilon() -> None:
 # Whole pipelines.
 
 
-def vae() -> Any:
-    torch.manual_seed(2)
-    return diffusers.AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        block_out_channels=(8,),
-        norm_num_groups=4,
-        sample_size=8,
-    ).eval()
-
-
-def ours(net: Any, schedule: artlib.Schedule, x: Tensor, K: int, solver: str) -> Tensor:
-    flow = artlib.ProbabilityFlow(net.process, net)
-    grid = schedule.grid(K)
-    return artlib.sample(flow, x * float(grid[0]), grid, solver=solver)
-
-
 @pytest.mark.parametrize(
     ("kind", "solver"),
     [("FlowMatchEuler", "euler"), ("FlowMatchHeun", "heun")],
@@ -536,7 +502,7 @@ def test_flux_end_to_end(kind: str, solver: str) -> None:
     scheduler = getattr(diffusers, f"{kind}DiscreteScheduler")(shift=3.0)
     pipe = diffusers.FluxPipeline(
         scheduler=scheduler,
-        vae=vae(),
+        vae=small_vae(),
         text_encoder=None,
         tokenizer=None,
         text_encoder_2=None,
@@ -592,7 +558,7 @@ def xl(scheduler: Any) -> Any:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ).eval()
     pipe = diffusers.StableDiffusionXLPipeline(
-        vae=vae(),
+        vae=small_vae(),
         text_encoder=None,
         text_encoder_2=None,
         tokenizer=None,

@@ -1,52 +1,24 @@
 """More families of diffusers end to end, and masks: pipelines equal `artlib.sample`."""
 
-import os
 from typing import Any
 
 import pytest
 import torch
+from pipelines import BETAS, diffusers, noise, ours, small_vae
 from torch import Tensor, nn
 
 import artlib
 from artlib.adapters import inpainting
 from artlib.adapters.diffusers import denoiser
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-diffusers = pytest.importorskip("diffusers", reason="no diffusers")
-transformers = pytest.importorskip("transformers", reason="no transformers")
-transformers.utils.logging.set_verbosity_error()
-
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 NEAR = {"rtol": 1e-4, "atol": 1e-4}
 """States are of size 1 to 15; networks compute in float32."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> None:
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-
-
-def noise(*shape: int, seed: int = 5) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def made(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def vae() -> Any:
-    torch.manual_seed(2)
-    return diffusers.AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        block_out_channels=(8,),
-        norm_num_groups=4,
-        sample_size=8,
-    ).eval()
 
 
 def lively(network: nn.Module) -> nn.Module:
@@ -57,13 +29,6 @@ def lively(network: nn.Module) -> nn.Module:
             if not bool(weight.any()):
                 weight.add_(0.2 * torch.randn(weight.shape, generator=rng))
     return network.eval()
-
-
-def ours(net: Any, schedule: artlib.Schedule, x: Tensor, K: int, solver: str) -> Tensor:
-    """Samples from noise of size 1."""
-    flow = artlib.ProbabilityFlow(net.process, net)
-    grid = schedule.grid(K)
-    return artlib.sample(flow, x * float(grid[0]), grid, solver=solver)
 
 
 def unet(**options: Any) -> Any:
@@ -112,7 +77,7 @@ def test_pixart_end_to_end(kind: str, solver: str) -> None:
         diffusers.PixArtAlphaPipeline(
             tokenizer=None,
             text_encoder=None,
-            vae=vae(),
+            vae=small_vae(),
             transformer=transformer,
             scheduler=getattr(diffusers, f"{kind}Scheduler")(),
         )
@@ -176,7 +141,7 @@ def test_dit_end_to_end() -> None:
     pipe = made(
         diffusers.DiTPipeline(
             transformer=transformer,
-            vae=vae(),
+            vae=small_vae(),
             scheduler=diffusers.DPMSolverMultistepScheduler(),
         )
     )
@@ -273,7 +238,7 @@ def test_inpainting_network_end_to_end(together: bool) -> None:
     """Mask and masked image as channels behind the state."""
     pipe = made(
         diffusers.StableDiffusionInpaintPipeline(
-            vae=vae(),
+            vae=small_vae(),
             text_encoder=None,
             tokenizer=None,
             unet=unet(in_channels=9),
@@ -363,7 +328,7 @@ def test_blended_inpainting_end_to_end() -> None:
     """A plain network: the pipeline blends the known in after every step."""
     pipe = made(
         diffusers.StableDiffusionInpaintPipeline(
-            vae=vae(),
+            vae=small_vae(),
             text_encoder=None,
             tokenizer=None,
             unet=unet(),

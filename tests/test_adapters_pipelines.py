@@ -5,31 +5,18 @@ what `artlib.sample` computes with the denoiser of its network on the schedule's
 """
 
 import math
-import os
 import warnings
 from typing import Any
 
 import pytest
 import torch
+from pipelines import BETAS, diffusers, noise, ours, small_vae
 from torch import Tensor
 
 import artlib
 from artlib.adapters.diffusers import denoiser, release, scheduler_process
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-diffusers = pytest.importorskip("diffusers", reason="no diffusers")
-transformers = pytest.importorskip("transformers", reason="no transformers")
-# It says at import that an image processor would rather have torchvision.
-transformers.utils.logging.set_verbosity_error()
-
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> None:
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
 
 
 def small_unet(**options: Any) -> Any:
@@ -64,33 +51,11 @@ def text_unet() -> Any:
     ).eval()
 
 
-def small_vae(channels: int = 4) -> Any:
-    torch.manual_seed(2)
-    return diffusers.AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=channels,
-        block_out_channels=(8,),
-        norm_num_groups=4,
-        sample_size=8,
-    ).eval()
-
-
-def noise(*shape: int, seed: int = 5) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def art(net: Any, x: Tensor) -> artlib.Schedule:
     """The schedule of a network, learned from the noise it would start from."""
     flow = artlib.ProbabilityFlow(net.process, net, acceleration="difference")
     x_T = x.double() * float(net.process.sigma(net.process.t_max))
     return artlib.art(flow, x_T, points=12, method="heun")
-
-
-def ours(net: Any, schedule: artlib.Schedule, x: Tensor, K: int, solver: str) -> Tensor:
-    flow = artlib.ProbabilityFlow(net.process, net)
-    grid = schedule.grid(K)
-    return artlib.sample(flow, x * float(grid[0]), grid, solver=solver)
 
 
 # The formulas, on networks whose answer is known exactly.

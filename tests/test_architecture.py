@@ -9,9 +9,12 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+import artlib
 
 PACKAGE = Path(__file__).parent.parent / "artlib"
 MODULES = {
@@ -140,14 +143,53 @@ def none_of(*heavy):
     assert not set(heavy) & sys.modules.keys(), set(heavy) & sys.modules.keys()
 
 import artlib
-none_of("matplotlib", "PIL")
+none_of("torch", "numpy", "scipy", "matplotlib")
+for name in artlib.__all__:
+    getattr(artlib, name)
+none_of("matplotlib", "PIL", "scipy.optimize", "scipy.interpolate", "torchdiffeq")
 import artlib.zoo
 none_of("fontTools", "PIL", "sklearn")
 import artlib.adapters
 artlib.edm(artlib.VE()).to_k_diffusion(3)
+none_of("matplotlib", "scipy.optimize", "torchdiffeq")
 none_of("diffusers", "transformers", "accelerate", "k_diffusion")
 """
 
 
 def test_what_is_heavy_is_loaded_late() -> None:
     subprocess.run([sys.executable, "-c", LOADED_LATE], check=True, timeout=120)
+
+
+HELP = """
+import sys
+from artlib.cli import main
+
+try:
+    main(sys.argv[1:])
+finally:
+    assert not {"torch", "numpy"} & sys.modules.keys()
+"""
+
+
+@pytest.mark.parametrize("asked", ["--help", "--version"])
+def test_help_waits_for_no_torch(asked: str) -> None:
+    command = [sys.executable, "-c", HELP, asked]
+    done = subprocess.run(command, check=True, timeout=60, capture_output=True)
+    assert b"artlib" in done.stdout
+
+
+def test_public_names_are_those_that_type_checkers_see() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: f"artlib.{node.module}"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(seen) == sorted(artlib.__all__)
+    for name, module in seen.items():
+        assert getattr(artlib, name) is getattr(import_module(module), name), name
+    assert set(dir(artlib)) >= {*seen, "zoo", "book", "__version__"}
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        artlib.nonsense  # noqa: B018

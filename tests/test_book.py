@@ -7,6 +7,7 @@ import sys
 import tomllib
 from functools import cache
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import artlib
+from artlib._common.version import RELEASE, REPOSITORY
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -121,8 +123,23 @@ def test_text_form_gives_the_same_notebook(path: Path) -> None:
     def essence(cells: list[Any]) -> list[tuple[Any, ...]]:
         return [(c.cell_type, c.source, c.metadata) for c in cells]
 
-    again = to_notebook(to_text(notebook(path)))
-    assert essence(again.cells) == essence(notebook(path).cells)
+    text = path.parent / "text" / f"{path.stem}.md"
+    assert text.is_file(), f"{text.name} is missing, write it: make texts"
+    again = essence(to_notebook(text.read_text(encoding="utf-8")).cells)
+    for number, (ours, theirs) in enumerate(
+        zip_longest(again, essence(notebook(path).cells)), start=1
+    ):
+        assert ours == theirs, (
+            f"cell {number} differs between text and notebook; who edited the "
+            f"notebook runs: make texts; who edited the text: python tools/md2nb.py "
+            f"notebooks/text/{text.name} notebooks/{path.name}"
+        )
+    assert text.read_text(encoding="utf-8") == to_text(notebook(path))
+
+
+def test_every_text_belongs_to_a_chapter() -> None:
+    texts = {path.stem for path in (ROOT / "notebooks" / "text").iterdir()}
+    assert texts == {path.stem for path in NOTEBOOKS}
 
 
 def test_no_two_chapters_define_the_same_name() -> None:
@@ -162,7 +179,7 @@ def map_rows() -> list[list[str]]:
 
 @pytest.mark.parametrize("row", map_rows(), ids=lambda row: row[1])
 def test_paper_map_names_what_exists(row: list[str]) -> None:
-    _, _, chapter, functions, tests = row
+    _, _, chapter, functions, code, tests = row
     documents = re.findall(r"\{doc\}`[^<]+<\.\./([^>]+)>`", chapter)
     (document,) = documents
     path = ROOT / f"{document}.ipynb"
@@ -171,11 +188,19 @@ def test_paper_map_names_what_exists(row: list[str]) -> None:
     assert names, "no function named"
     for name in names:
         resolve(name)
+    places = re.findall(r"`([\w.]+)`", code)
+    assert places, "no code named"
+    found = [place_of_code(place) for place in places]
     cases = re.findall(r"`(test_\w+)::(test_\w+)`", tests)
     assert cases, "no test named"
-    if number := re.search(r"<(eq-paper-\d+)>", row[0]):
+    if equation := re.search(r"<eq-paper-(\w+)>", row[0]):
         sources = "".join(cell.source for cell in notebook(path).cells)
-        assert f"({number[1]})=" in sources, f"{path.stem} has no {number[1]}"
+        assert f"(eq-paper-{equation[1]})=" in sources, f"no {equation[1]}"
+        for place, thing in zip(places, found, strict=True):
+            told = " ".join((thing.__doc__ or "").split())
+            assert re.search(rf"\beqs?\. [^.]*\({equation[1]}\)", told), (
+                f"the docstring of artlib.{place} does not name eq. ({equation[1]})"
+            )
     for module, case in cases:
         tree = ast.parse(read(f"tests/{module}.py"))
         defined = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
@@ -192,6 +217,29 @@ def resolve(name: str) -> object:
     for part in filter(None, rest.split(".")):
         found = getattr(found, part)
     return found
+
+
+def place_of_code(name: str) -> object:
+    """What a module of artlib defines, by the module's path and the names in it."""
+    parts = name.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        module = ".".join(("artlib", *parts[:length]))
+        try:
+            found: Any = import_module(module)
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            found = getattr(found, part)
+        owner = getattr(found, "__module__", module)  # a property has none
+        assert owner == module, f"{name} is defined in {owner}"
+        return found
+    raise ModuleNotFoundError(f"artlib has no module for {name}")
+
+
+def test_every_equation_of_the_paper_that_has_a_number_is_in_the_map() -> None:
+    numbers = [re.search(r"<eq-paper-(\w+)>", row[0]) for row in map_rows()]
+    expected = [str(n) for n in range(1, 19)] + ["29a", "29b", "30"]
+    assert [number[1] for number in numbers if number] == expected
 
 
 # Files that say the same thing twice.
@@ -214,6 +262,7 @@ def test_first_cell_names_the_release_that_the_chapters_belong_to() -> None:
     unreleased = read("CHANGELOG.md").split("## [Unreleased]")[1].split("\n## [")[0]
     last = Version(PROJECT["version"])
     assert Version(tag) > last if unreleased.strip() else Version(tag) == last
+    assert f"v{tag}" == RELEASE  # where the library's own files are fetched
 
 
 def test_address_of_the_repository_is_the_same_everywhere() -> None:
@@ -221,6 +270,7 @@ def test_address_of_the_repository_is_the_same_everywhere() -> None:
     assert yaml.safe_load(read("CITATION.cff"))["repository-code"] == URL
     assert f"git+{URL}\n" in read("README.md")
     assert f'"{URL}"' in read("tools/first_cell.py")
+    assert REPOSITORY == URL
 
 
 def test_names_and_licence_agree() -> None:
@@ -282,6 +332,19 @@ def test_commands_of_the_readme_exist_and_ci_runs_them() -> None:
     assert set(in_help) == set(targets) - {"help"}
     ran = re.findall(r"^make (\w+) </dev/null$", read(".ci/run"), re.MULTILINE)
     assert ran == ["test", "book"]
+
+
+def test_the_public_host_runs_the_same() -> None:
+    text = read(".github/workflows/test.yml")
+    (job,) = yaml.safe_load(text)["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [
+        "make setup",
+        "bash .ci/run",
+    ]
+    (python,) = (s["with"] for s in job["steps"] if "setup-python" in s.get("uses", ""))
+    assert python["python-version"] == PROJECT["requires-python"].removeprefix(">=")
+    assert all((ROOT / f).is_file() for f in python["cache-dependency-path"].split())
+    assert "secrets" not in text
 
 
 def test_example_of_the_readme_runs(

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load, load_file, save_file
 
 import artlib
+from artlib.cli.formulas import FORMULAS
 from artlib.cli.parser import main
 
 MODULE = """
@@ -158,6 +159,10 @@ def test_rl_resumes_from_its_checkpoint_to_the_bit(here: Path, capsys: Any) -> N
     assert main([*LEARN, *other]) == 2
     assert "it belongs to another problem" in capsys.readouterr().err
     assert not (here / "other.json").exists()
+
+
+def test_every_published_list_has_a_name() -> None:
+    assert {f"ays-{model}" for model in artlib.rivals.AYS} < set(FORMULAS)
 
 
 def test_show_prints_the_grid_and_draws(here: Path, capsys: Any) -> None:

@@ -119,7 +119,7 @@ def test_refusals_name_the_argument() -> None:
     schedule = artlib.edm(PROCESS)
     with pytest.raises(ValueError, match="solver: heun"):
         artlib.tell(schedule, flow, x, 5, solver="heun")
-    with pytest.raises(ValueError, match="held_out"):
+    with pytest.raises(ValueError, match="held_out_share"):
         artlib.tell(schedule, flow, x[:1], 5)
     with pytest.raises(ValueError, match="reference"):
         artlib.tell(schedule, flow, x, 5, reference=x[:2])

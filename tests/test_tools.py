@@ -1,24 +1,31 @@
 """The programs behind the Makefile, and what chapters take from artlib.book."""
 
 import datetime
+import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import md2nb
 import nbformat
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from build_status import NONE, page
 from execute_notebooks import record, select
+from matplotlib.figure import Figure
 from md2nb import ChapterError, to_notebook, to_text
 from run_chapter import code_cells, find, run_cell
 
 import artlib
 from artlib import book
 from artlib.book import results
+from artlib.book.surroundings import picture
+from artlib.plotting import plot_samples
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTER = """\
@@ -121,6 +128,22 @@ def test_first_cell_is_renewed_and_nothing_else(
         md2nb.main()
 
 
+def test_texts_are_written_beside_the_notebooks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nbformat.write(to_notebook(CHAPTER), tmp_path / "01-a.ipynb")
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "00-gone.md").write_text("of no notebook")
+    md2nb.write_texts(tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["01-a.md"]
+    text = (folder / "01-a.md").read_text()
+    assert to_notebook(text) == to_notebook(CHAPTER)
+    monkeypatch.setattr(sys, "argv", ["md2nb.py", "--texts", "a.ipynb"])
+    with pytest.raises(SystemExit):
+        md2nb.main()
+
+
 def test_chapter_runs_without_jupyter(tmp_path: Path) -> None:
     path = tmp_path / "small.ipynb"
     text = """
@@ -201,6 +224,73 @@ def test_show_closes_the_figure() -> None:
     figure = plt.figure()
     book.show(figure)
     assert not plt.fignum_exists(figure.number)
+
+
+def curves() -> Figure:
+    figure, axes = plt.subplots(figsize=(6, 4))
+    x = np.linspace(0, 1, 50)
+    for k in range(5):
+        axes.plot(x, x**k, label=f"power {k}")
+        axes.fill_between(x, x**k - 0.1, x**k + 0.1, alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def shade() -> Figure:
+    figure = plt.figure(figsize=(3, 3))
+    axes = figure.add_axes((0, 0, 1, 1))
+    light = np.linspace(0, 1, 300) * np.linspace(0.3, 1, 300)[:, None]
+    axes.imshow(0.6 + light[..., None] * (0.15, 0.25, 0.35), aspect="auto")
+    for k in range(60):  # lines of many colours leave the shade few of the palette
+        axes.axhline(5 * k, color=plt.get_cmap("hsv")(k / 60), lw=0.5)
+    return figure
+
+
+def grey_images() -> Figure:
+    images = torch.rand(2, 10, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    return plot_samples({"a": images[0] * 2 - 1, "b": images[1].sqrt() * 2 - 1})
+
+
+def photographs() -> Figure:
+    images = torch.rand(10, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return plot_samples([images * 2 - 1])
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(PIL.Image.open(io.BytesIO(png)).convert("RGB"), float)
+
+
+@pytest.mark.parametrize(
+    ("draw", "mode", "farthest", "size"),
+    [
+        (curves, "P", 20, 0.35),  # as at the edge of a line
+        (grey_images, "P", 2, 0.6),
+        (shade, "RGB", 0, 1),
+        (photographs, "RGB", 0, 1),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_stored_figure_is_small_and_looks_the_same(
+    draw: Callable[[], Figure], mode: str, farthest: int, size: float
+) -> None:
+    figure = draw()
+    full = io.BytesIO()
+    figure.savefig(full, dpi=book.FIGURE_DPI, bbox_inches="tight")
+    small = picture(figure)
+    assert PIL.Image.open(io.BytesIO(small)).mode == mode
+    change = np.abs(pixels(small) - pixels(full.getvalue())).max(-1)
+    assert change.max() <= farthest
+    assert change.mean() <= 0.7
+    assert len(small) <= size * len(full.getvalue())
+    assert picture(draw()) == small
+    plt.close("all")
+
+
+def test_a_stored_figure_keeps_what_one_can_see_through() -> None:
+    figure = plt.figure(figsize=(1, 1), facecolor="none")
+    alpha = PIL.Image.open(io.BytesIO(picture(figure))).convert("RGBA").getchannel("A")
+    assert alpha.getextrema() == (0, 0)
+    plt.close(figure)
 
 
 def test_switches(monkeypatch: pytest.MonkeyPatch) -> None:

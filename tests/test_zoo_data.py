@@ -19,6 +19,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from artlib.zoo import DATASETS, digits, emoji, fashion_mnist, mnist
+from artlib.zoo import cache as _cache
 from artlib.zoo.datasets import decode as _decode
 from artlib.zoo.datasets import fetch as _fetch
 from artlib.zoo.datasets import sources as _sources
@@ -356,7 +357,9 @@ def serve(monkeypatch, files):
 
     def urlopen(address, timeout):
         asked.append(address)
-        return io.BytesIO(files[int(address[-1])])
+        answer = io.BytesIO(files[int(address[-1])])
+        answer.headers = {}
+        return answer
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     return asked
@@ -378,7 +381,7 @@ def test_a_wrong_download_is_refused_and_nothing_is_kept(small, monkeypatch, wro
     altered = files[0][:-1] + bytes([files[0][-1] ^ 1])
     first = {"altered": altered, "page": b"<html>", "long": files[0]}[wrong]
     if wrong == "long":
-        monkeypatch.setattr(_fetch, "_LARGEST_DOWNLOAD", 10)
+        monkeypatch.setattr(_cache, "LARGEST", 10)
     serve(monkeypatch, [first, *files[1:]])
     with pytest.raises(ValueError, match=r"small: https://example.org/0 .*was kept"):
         _fetch.find(data, download=True)
@@ -416,7 +419,7 @@ def test_every_file_to_download_is_known(name):
 def test_an_installed_file_of_any_size_is_not_read(small, monkeypatch):
     data, files, place, _ = small
     install(place, files)
-    monkeypatch.setattr(_fetch, "_LARGEST_DOWNLOAD", 10)
+    monkeypatch.setattr(_fetch, "LARGEST", 10)
     with pytest.raises(FileNotFoundError, match="0 is too large"):
         _fetch.find(data, download=False)
 

@@ -386,8 +386,10 @@ def test_unknown_names_and_missing_weights_say_what_there_is(monkeypatch, tmp_pa
     with pytest.raises(ValueError, match=r"name: expected one of .*fashion-base"):
         load("fashion-bse")
     monkeypatch.setattr(artlib.zoo.networks, "WEIGHTS", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"artlib\.zoo\.train fashion-base"):
-        load("fashion-base")
+    monkeypatch.setenv("ARTLIB_DATA", str(tmp_path))
+    monkeypatch.setitem(RECIPES, "tiny", TINY)
+    with pytest.raises(FileNotFoundError, match=r"artlib\.zoo\.train tiny"):
+        load("tiny")
 
 
 @pytest.mark.parametrize("name", available())

@@ -3,6 +3,7 @@ r"""Turn a chapter written as text into an unexecuted notebook, and back.
     python tools/md2nb.py chapter.md notebooks/04-name.ipynb
     python tools/md2nb.py --reverse notebooks/04-name.ipynb chapter.md
     python tools/md2nb.py --first-cell notebooks/*.ipynb
+    python tools/md2nb.py --texts
 
 The text is MyST Markdown. A fenced ``{code-cell}`` block is a code cell; everything
 between two of them is one Markdown cell (a line ``+++`` splits it). Options stand at
@@ -17,7 +18,8 @@ the top of a block, one a line, and a longer value goes on in indented lines:
     ```
 
 The set-up cell (tools/first_cell.py) is put first by the converter and left out on
-the way back; the third form puts it into executed notebooks and keeps all else. A
+the way back; the third form puts it into executed notebooks and keeps all else. The
+fourth writes the texts that are committed beside the notebooks, notebooks/text. A
 cell's id is a hash of its content, so equal text gives equal files.
 """
 
@@ -34,6 +36,7 @@ import nbformat
 import yaml
 
 FIRST_CELL = Path(__file__).with_name("first_cell.py")
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 FIRST_TAGS = ["remove-cell"]
 TAGS = {"hide-input", "hide-output", "remove-cell", "remove-input", "remove-output"}
 OPTIONS = {"tags", "figure", "caption", "alt"}
@@ -114,6 +117,20 @@ def to_text(notebook: nbformat.NotebookNode) -> str:
             )
         previous = cell.cell_type
     return "\n\n".join(blocks) + "\n"
+
+
+def write_texts(notebooks: Path = NOTEBOOKS) -> None:
+    """Write the text of every notebook of a folder, and remove those of no notebook."""
+    folder = notebooks / "text"
+    folder.mkdir(exist_ok=True)
+    texts = {
+        folder / f"{path.stem}.md": to_text(nbformat.read(path, as_version=4))
+        for path in sorted(notebooks.glob("*.ipynb"))
+    }
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+    for path in set(folder.glob("*.md")) - texts.keys():
+        path.unlink()
 
 
 def _first_cell() -> nbformat.NotebookNode:
@@ -198,14 +215,22 @@ def _cell(kind: str, source: str, metadata: dict[str, Any]) -> nbformat.Notebook
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("paths", type=Path, nargs="+", metavar="path")
+    parser.add_argument("paths", type=Path, nargs="*", metavar="path")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--reverse", action="store_true", help="notebook to text")
     form.add_argument(
         "--first-cell", action="store_true", help="renew that of the notebooks"
     )
+    form.add_argument(
+        "--texts", action="store_true", help="write those beside the notebooks"
+    )
     arguments = parser.parse_args()
     paths: list[Path] = arguments.paths
+    if arguments.texts:
+        if paths:
+            parser.error("--texts takes no paths, it writes all of them")
+        write_texts()
+        return
     if not arguments.first_cell and len(paths) != 2:
         parser.error(f"expected a source and a target, got {len(paths)} paths")
     for path in paths if arguments.first_cell else paths[:1]:

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 MAX_TRIALS = 600
 """Trial steps, of six evaluations, after which dopri5 gives up at a tolerance of 1e-6;
@@ -109,6 +108,8 @@ def dopri5(
         "step_t": times[-1:],
         "first_step": 1e-3 * float(times[0] - times[-1]),
     }
+    from torchdiffeq import odeint  # late: with it comes much of SciPy
+
     try:
         states = odeint(
             velocity, x, times, rtol=rtol, atol=atol, method="dopri5", options=options

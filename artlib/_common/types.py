@@ -1,8 +1,7 @@
 """Shape-carrying aliases used in annotations.
 
 They are checked at run time by the test suite only (jaxtyping's import hook with
-beartype); for a user they cost nothing and read as documentation: ``n`` trajectories
-or samples, ``d`` dimensions, ``K`` steps, ``m`` tabulated times.
+beartype); for a user they cost nothing and read as documentation.
 """
 
 from __future__ import annotations
@@ -11,14 +10,8 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from torch import Tensor
-
-Samples: TypeAlias = Float[Tensor, "n *shape"]  # noqa: F821
-"""A batch of states: one sample per row, any sample shape after it."""
-
-PerSample: TypeAlias = Float[Tensor, " n"]
-"""One number per sample."""
 
 Times: TypeAlias = Float64[Tensor, " m"]
 """Process times, float64 whatever the dtype of the network."""

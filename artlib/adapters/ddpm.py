@@ -63,16 +63,9 @@ import torch
 from torch import Tensor
 
 from .._common.checks import got, real_tensor
-from ..flow.denoisers import Denoiser, network_dtype
+from ..flow.denoisers import network_dtype
 from ..flow.processes import VE
-from ..flow.rows import Rows
-from .diffusers.guidance import (
-    BESIDE_STATE,
-    Condition,
-    Guidance,
-    beside_state,
-    cast_condition,
-)
+from .diffusers.guidance import Condition, Guidance, GuidedDenoiser, without_variance
 from .diffusers.model import OfTable
 from .diffusers.times import Steps, levels_of
 
@@ -150,7 +143,7 @@ def denoiser(
     return DDPMDenoiser(network, levels, predicts, bool(integers), guide)
 
 
-class DDPMDenoiser(Denoiser):
+class DDPMDenoiser(GuidedDenoiser):
     """What `denoiser` returns.
 
     Args:
@@ -174,25 +167,9 @@ class DDPMDenoiser(Denoiser):
         guide: Guidance,
     ) -> None:
         process = VE(float(levels[0]), float(levels[-1]))
-        super().__init__(network, process, OfTable(predicts, Steps(levels)))
-        self._integers, self._guide = integers, guide
+        super().__init__(network, process, OfTable(predicts, Steps(levels)), guide)
+        self._integers = integers
         self._last = len(levels) - 1
-
-    def rows(self, index: Rows) -> DDPMDenoiser:
-        """The denoiser of some of the samples, with their rows of the conditions.
-
-        Args:
-            index: Which samples, a slice or row numbers [n].
-        """
-        guide = self._guide.rows(index)
-        if guide is self._guide:
-            return self
-        part = self._twin()
-        part._guide = guide
-        return part
-
-    def check_rows(self, count: int) -> None:
-        self._guide.check_rows(count)
 
     def _predict(self, x: Tensor, t: Tensor) -> Tensor:
         """The network's answer in the dtype of ``x``, at fractional steps ``t``."""
@@ -211,12 +188,9 @@ class DDPMDenoiser(Denoiser):
         return lower + share * (upper - lower)
 
     def _ask_at(self, x: Tensor, step: Tensor, condition: dict[str, Any]) -> Tensor:
-        # Copies: a network may scale its input, or its time, in place.
-        state, network = x.clone(), self.network
-        cast = {k: cast_condition(v, x.dtype) for k, v in condition.items()}
-        if BESIDE_STATE in cast:
-            state = beside_state(state, cast.pop(BESIDE_STATE), network)
-        answer: Any = network(state, step.clone(), **cast)
+        state, cast = self._given(x, condition)
+        # A copy: a network may scale its time in place.
+        answer: Any = self.network(state, step.clone(), **cast)
         if isinstance(answer, tuple | list):
             answer = answer[0]
         if not isinstance(answer, Tensor):
@@ -224,9 +198,7 @@ class DDPMDenoiser(Denoiser):
                 f"network: expected it to return a tensor, got {got(answer)}; wrap it "
                 "in a function that does"
             )
-        if answer.ndim > 1 and answer.shape[1] == 2 * x.shape[1]:
-            answer = answer[:, : x.shape[1]]  # the other half is a variance
-        return answer
+        return without_variance(answer, x)
 
 
 def _levels(alphas_cumprod: Any, predicts: str) -> np.ndarray:

@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
-from .. import rivals, schedules
 from ..flow.processes import Process
 from ..schedules import file
 from ..schedules.constructors import Schedule
 from ..schedules.plan import Plan
 from ..schedules.shared import FILE
+from .formulas import FORMULAS, formula
 from .sources import STDOUT, InputError
 
 STDIN = STDOUT
 """In place of a schedule's name: standard input."""
-
-FORMULAS: dict[str, Callable[[Process], Schedule]] = {
-    "uniform": schedules.uniform,
-    "edm": schedules.edm,
-    "edm-unpinned": lambda process: schedules.edm(process, pinned=False),
-    "log-snr": schedules.log_snr,
-    "log-snr-unpinned": lambda process: schedules.log_snr(process, pinned=False),
-    "kl-optimal": schedules.kl_optimal,
-    "beta": schedules.beta,
-    **{f"ays-{model}": partial(rivals.ays, model) for model in rivals.AYS},
-}
-"""Schedules that the command line knows by name."""
 
 _SIZE = 1 << 26
 """Bytes of a schedule on standard input, at most; those of artlib have some 30,000."""
@@ -39,7 +26,7 @@ def load_schedule(name: str, process: Process | None = None) -> Schedule:
     """A schedule from a file or standard input, or by the name of a formula.
 
     Args:
-        name: Path of a file or of a folder with one, `STDIN`, or a key of `FORMULAS`.
+        name: Path of a file or of a folder with one, `STDIN`, or one of `FORMULAS`.
         process: For which a formula is to be made.
 
     Raises:
@@ -53,7 +40,7 @@ def load_schedule(name: str, process: Process | None = None) -> Schedule:
             return Schedule.from_pretrained(name)
         return Schedule.load(name)
     if name in FORMULAS and process is not None:
-        return FORMULAS[name](process)
+        return formula(name, process)
     if name in FORMULAS:
         raise InputError(
             f"{name}: there is no such file, and as a formula it needs a process: pass "
@@ -71,7 +58,7 @@ def load_plan_or_schedule(name: str, process: Process) -> Plan | Schedule:
     """A plan from a file, or else a schedule as in `load_schedule`.
 
     Args:
-        name: Path of a file or of a folder with one, `STDIN`, or a key of `FORMULAS`.
+        name: Path of a file or of a folder with one, `STDIN`, or one of `FORMULAS`.
         process: For which a formula is to be made.
 
     Raises:

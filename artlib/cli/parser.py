@@ -10,22 +10,29 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from typing import TextIO
 
 from .._common.console import say
 from .._common.version import __version__
-from ..solvers.solver import SOLVERS as BY_NAME
-from .commands import compare, draw
-from .export import export
-from .learn import learn
-from .show import show
-from .sources import place
 from .texts import EXPORT, LEARN, MAIN, SOURCES, TUNE
-from .tune import tune
 
-SOLVERS = tuple(name for name, kind in BY_NAME.items() if not kind.adaptive)
-"""Names of the solvers that take a grid."""
+
+class _Solvers:
+    """Names of the solvers that take a grid, looked up when they are asked for.
+
+    Nor is a command's module imported before it runs: each of them loads torch, which
+    takes seconds that ``--help`` has not.
+    """
+
+    def __iter__(self) -> Iterator[str]:
+        from ..solvers import SOLVERS
+
+        return (name for name, kind in SOLVERS.items() if not kind.adaptive)
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(self)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,6 +99,8 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         name = error.filename
         return f"{os.fsdecode(name)}: {error.strerror}" if name else error.strerror
+    from .sources import place
+
     return f"{str(error) or type(error).__name__}{place(error)}"
 
 
@@ -144,8 +153,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(
-        name: str, run: object, summary: str, text: str
+        name: str, runs: str, summary: str, text: str
     ) -> argparse.ArgumentParser:
+        def run(args: argparse.Namespace) -> None:
+            module, function = runs.split(".")
+            getattr(import_module(f".{module}", __package__), function)(args)
+
         made = commands.add_parser(
             name, help=summary, description=text, formatter_class=raw
         )
@@ -155,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         return made
 
-    one = command("learn", learn, "learn a schedule", f"{LEARN}\n{SOURCES}")
+    one = command("learn", "learn.learn", "learn a schedule", f"{LEARN}\n{SOURCES}")
     _add_source(one)
     one.add_argument(
         "-o",
@@ -174,9 +187,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument(
         "--solver",
-        choices=SOLVERS,
+        choices=_Solvers(),
+        metavar="NAME",
         help="closed form: match this solver's own error; by default the paper's |Q|, "
-        "which is Euler's",
+        "which is Euler's; one of %(choices)s",
     )
     _add_samples(one, 64, "trajectories")
     one.add_argument(
@@ -193,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     rl.add_argument("--temperature", type=float, help="(0.02, less below 12 steps)")
     _add_common(one)
 
-    one = command("tune", tune, "find the best sampler", f"{TUNE}\n{SOURCES}")
+    one = command("tune", "tune.tune", "find the best sampler", f"{TUNE}\n{SOURCES}")
     _add_source(one)
     one.add_argument(
         "--nfe",
@@ -220,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--checkpoint", help="file that keeps each plan that is done")
     _add_common(one)
 
-    one = command("show", show, "print and draw schedules", SOURCES)
+    one = command("show", "show.show", "print and draw schedules", SOURCES)
     one.add_argument("schedules", nargs="+", metavar="SCHEDULE")
     _add_steps(one, several=True, default=[10])
     one.add_argument(
@@ -231,7 +245,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--plot", metavar="FILE", help="a figure: .png, .svg or .pdf")
     one.add_argument("--force", action="store_true", help="replace what is there")
 
-    one = command("compare", compare, "error against NFE on one flow", SOURCES)
+    one = command(
+        "compare", "commands.compare", "error against NFE on one flow", SOURCES
+    )
     _add_source(one)
     one.add_argument("schedules", nargs="+", metavar="SCHEDULE")
     _add_steps(one, several=True, default=[5, 10, 20])
@@ -241,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_json(one)
     _add_common(one, writes=False)
 
-    one = command("export", export, "hand a schedule to a framework", EXPORT)
+    one = command("export", "export.export", "hand a schedule to a framework", EXPORT)
     one.add_argument("schedule", metavar="SCHEDULE", help="a file of artlib learn")
     one.add_argument(
         "--to",
@@ -258,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--name", help="comfyui: name in the node's list")
     one.add_argument("--force", action="store_true", help="replace what is there")
 
-    one = command("sample", draw, "sample with a schedule or plan", SOURCES)
+    one = command("sample", "commands.draw", "sample with a schedule or plan", SOURCES)
     _add_source(one)
     one.add_argument(
         "schedule", metavar="SCHEDULE", help="or a plan, whose steps and solver hold"
@@ -314,9 +330,10 @@ def _add_steps(
 def _add_solver(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--solver",
-        choices=SOLVERS,
+        choices=_Solvers(),
+        metavar="NAME",
         default="euler",
-        help="default: euler",
+        help="default: euler; one of %(choices)s",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 
-from .named import FORMULAS
+from .formulas import FORMULAS
 
 
 def wrapped(names: Iterable[str]) -> str:

@@ -38,7 +38,6 @@ from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import torch
-from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 from tqdm import tqdm
 
@@ -88,7 +87,7 @@ def refine(
     iterations: int = ...,
     evaluations: int | None = ...,
     reference: Tensor | None = ...,
-    held_out: float = ...,
+    held_out_share: float = ...,
     batch: int | None = ...,
     progress: bool = ...,
 ) -> Schedule: ...
@@ -107,7 +106,7 @@ def refine(
     iterations: int = ...,
     evaluations: int | None = ...,
     reference: Tensor | None = ...,
-    held_out: float = ...,
+    held_out_share: float = ...,
     batch: int | None = ...,
     progress: bool = ...,
 ) -> Plan: ...
@@ -126,7 +125,7 @@ def refine(
     iterations: int = ...,
     evaluations: int | None = ...,
     reference: Tensor | None = ...,
-    held_out: float = ...,
+    held_out_share: float = ...,
     batch: int | None = ...,
     progress: bool = ...,
 ) -> Schedule | Plan: ...
@@ -144,7 +143,7 @@ def refine(
     iterations: int = 100,
     evaluations: int | None = None,
     reference: Tensor | None = None,
-    held_out: float = 1 / 3,
+    held_out_share: float = 1 / 3,
     batch: int | None = None,
     progress: bool = False,
 ) -> Schedule | Plan:
@@ -168,7 +167,7 @@ def refine(
             default no limit.
         reference: Accurate x_0 of the same ``x_T`` [N, *shape]; by default integrated
             here, by RK4 on 96 times.
-        held_out: Share of ``x_T`` that is held out, within (0, 1). A denoiser's
+        held_out_share: Share of ``x_T`` that is held out, within (0, 1). A denoiser's
             conditions go with their samples (`ProbabilityFlow.rows`).
         batch: Samples computed together, which bounds the memory (the gradient holds
             all K steps of them, the reference 96 states of each); by default all. The
@@ -191,7 +190,16 @@ def refine(
     """
     with full_precision():
         problem, start = _problem(
-            schedule, flow, x_T, K, solver, told, objective, reference, held_out, batch
+            schedule,
+            flow,
+            x_T,
+            K,
+            solver,
+            told,
+            objective,
+            reference,
+            held_out_share,
+            batch,
         )
         best = _search(problem, start, iterations, evaluations, progress)
     if best.size is best.start:
@@ -264,7 +272,7 @@ def _search(
     objective = problem.with_gradient(z)
     bar = tqdm(total=iterations, desc="refine", unit="it", disable=not progress)
 
-    def after_iteration(intermediate_result: OptimizeResult) -> None:
+    def after_iteration(intermediate_result: Any) -> None:
         moved, told = problem.unpacked(torch.from_numpy(intermediate_result.x))
         size = problem.judging.size(moved, problem.solver, told)
         best.offer(moved, told, size)
@@ -272,6 +280,8 @@ def _search(
         spent = problem.moving.counter.nfe >= limit
         if best.waited >= PATIENCE or spent:
             raise StopIteration
+
+    from scipy.optimize import minimize
 
     options: dict[str, Any] = {"maxiter": iterations, "gtol": 1e-5}
     with bar:
@@ -471,7 +481,7 @@ def _problem(
     told: bool,
     objective: Objective,
     reference: Tensor | None,
-    held_out: float,
+    held_out_share: float,
     batch: int | None,
 ) -> tuple[_Problem, Schedule]:
     """The arguments, checked, the noise, split, and the best of the starts."""
@@ -500,10 +510,10 @@ def _problem(
             f"told: {kind.name} makes several evaluations a step, which are told their "
             "own levels; use euler or a multistep solver"
         )
-    check_share(held_out, len(check_samples(x_T)))
+    check_share(held_out_share, len(check_samples(x_T)))
     batch = None if batch is None else positive_int(batch, "batch")
     noise = matched_noise(flow, x_T, reference, batch)
-    moving, judging = halves(noise, held_out)
+    moving, judging = halves(noise, held_out_share)
     problem = _Problem(flow.process, solver, K, told, objective, moving, judging)
     if len(starts) == 1:
         return problem, starts[0]

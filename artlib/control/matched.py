@@ -192,27 +192,27 @@ def check_reference(noise: Noise, found: float) -> float:
     return own
 
 
-def halves(noise: Noise, held_out: float) -> tuple[Noise, Noise]:
+def halves(noise: Noise, held_out_share: float) -> tuple[Noise, Noise]:
     """The noise to learn from, and the part that is held out.
 
     Raises:
         ValueError: If one of the two would be empty.
     """
-    share, n = check_share(held_out, len(noise.x)), len(noise.x)
+    share, n = check_share(held_out_share, len(noise.x)), len(noise.x)
     cut = min(max(round((1 - share) * n), 1), n - 1)
     return noise.rows(slice(cut)), noise.rows(slice(cut, None))
 
 
-def check_share(held_out: float, n: int) -> float:
+def check_share(held_out_share: float, n: int) -> float:
     """The share that is held out of n samples, before anything is spent on them.
 
     Raises:
         ValueError: If one of the two parts would be empty.
     """
-    share = finite_float(held_out, "held_out", positive=True)
+    share = finite_float(held_out_share, "held_out_share", positive=True)
     if share >= 1 or n < 2:
         raise ValueError(
-            f"held_out: a share of {share} of {n} samples leaves none on one of "
+            f"held_out_share: a share of {share} of {n} samples leaves none on one of "
             "the two sides; pass a share within (0, 1) and at least two samples"
         )
     return share

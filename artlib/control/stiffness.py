@@ -22,10 +22,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from .._common.checks import finite_float, got, positive_int, require_finite
+from .._common.interpolation import pchip
 from .._common.types import TimeLike
 from ..flow.noise_coordinate import log_level, table_times
 from ..flow.processes import Process, as_time
@@ -134,7 +134,7 @@ class StiffnessTable:
         log_q = np.log(np.maximum(values / scale, 1e-24))
         # scipy wants ascending abscissae; times descend.
         level = log_level(self.process, self.times).numpy()
-        cubic = PchipInterpolator(level[::-1], log_q[:, ::-1], axis=1)
+        cubic = pchip(level[::-1], log_q[:, ::-1], axis=1)
         fine = log_level(self.process, self.fine_times).numpy()
         inside = np.clip(fine, level[-1], level[0])
         return torch.from_numpy(peak * np.exp(cubic(inside)))
@@ -145,14 +145,14 @@ class StiffnessTable:
         return self.fine_values.mean(0)
 
     def cost(self, schedule: Schedule) -> float:
-        r"""Cost :math:`C = E\int |Q_p|\,\theta^{p+1}\, ds` of a schedule, >= 0.
+        r"""Cost :math:`C = E\int |Q_p|\,\theta^{p+1}\, ds` of a schedule, eq. (9).
 
         Args:
             schedule: Any schedule of the same process; a pinned one is judged by its
                 continuous clock down to t_min (its last step is not in C).
 
         Returns:
-            C in units of x, [length], for p = 1; compare with `lower_bound`.
+            C >= 0 in units of x, [length], for p = 1; compare with `lower_bound`.
 
         Raises:
             ValueError: If the schedule belongs to another process.
@@ -227,7 +227,7 @@ class StiffnessTable:
         exponent: float | None = None,
         provenance: dict[str, Any] | None = None,
     ) -> Schedule:
-        r"""The closed-form schedule.
+        r"""The closed-form schedule, whose speed is the optimal control of eq. (18).
 
         Args:
             average: ``"open_loop"``, density :math:`(E|Q|)^{1/2}`, optimal among
@@ -281,7 +281,8 @@ class StiffnessTable:
         r"""Value function :math:`V = -G^2 / (T - s)` of the mean problem, eq. (10).
 
         For order p it is :math:`-G^{p+1} / (T - s)^p` with
-        :math:`G = \int_\psi^T (E|Q_p|)^{1/(p+1)}`.
+        :math:`G = \int_\psi^T (E|Q_p|)^{1/(p+1)}`. With :math:`\lambda t`
+        added it solves the randomised equation, eq. (16), which is what eq. (17) says.
 
         Args:
             clock: Clock s in [0, T).

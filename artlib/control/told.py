@@ -99,7 +99,7 @@ def tell(
     *,
     solver: SolverLike = "euler",
     reference: Tensor | None = None,
-    held_out: float = 0.5,
+    held_out_share: float = 0.5,
     batch: int | None = None,
     progress: bool = False,
 ) -> Plan:
@@ -119,7 +119,7 @@ def tell(
         solver: ``"euler"`` or a multistep solver.
         reference: Accurate x_0 of the same ``x_T`` [N, *shape]; by default integrated
             here, by RK4 on 96 times.
-        held_out: Share of ``x_T`` that is held out, within (0, 1).
+        held_out_share: Share of ``x_T`` that is held out, within (0, 1).
         batch: Samples computed together; by default all.
         progress: Whether to show a progress bar (on stderr).
 
@@ -145,9 +145,9 @@ def tell(
         )
     nodes = schedule.grid(positive_int(K, "K"))
     batch = None if batch is None else positive_int(batch, "batch")
-    check_share(held_out, len(check_samples(x_T)))
+    check_share(held_out_share, len(check_samples(x_T)))
     noise = matched_noise(flow, x_T, reference, batch)
-    learn, judge = halves(noise, held_out)
+    learn, judge = halves(noise, held_out_share)
     bar = tqdm(desc="tell", unit="run", disable=not progress)
     with bar:
         inner, last = _calibrated(flow.process, nodes, kind, learn, bar)

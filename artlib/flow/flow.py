@@ -193,7 +193,7 @@ class ProbabilityFlow:
         return denoised.to(x.dtype, copy=True)
 
     def velocity(self, x: Tensor, t: TimeLike) -> Tensor:
-        r"""Velocity dx/dt of the flow in process time.
+        r"""Velocity dx/dt of the flow in process time, eq. (2).
 
         The paper's F of eq. (5) is its negative: the paper counts the diffusion time
         already undone.

@@ -10,7 +10,6 @@ the minimum over all couplings. What is here is exact wherever a closed form exi
 | function | laws | how |
 | --- | --- | --- |
 | `wasserstein2` | two sets of numbers | integral of the gap of their quantiles |
-| `wasserstein2_to_gaussian` | numbers and a normal law | the same integral |
 | `wasserstein2_gaussian` | two normal laws, any d | alignment of covariance roots |
 | `frechet_distance` | the same, squared | FID, once the features are given |
 | `sliced_wasserstein2` | two sets of samples, any d | mean over random directions |
@@ -27,7 +26,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._common.checks import finite_float, generator, positive_int
+from .._common.checks import generator, positive_int
 from .._common.types import SeedLike
 from .inputs import ArrayLike, as_double, mean_and_root, numbers, rows
 
@@ -57,49 +56,6 @@ def wasserstein2(a: ArrayLike, b: ArrayLike) -> float:
     y = y.to(x.device)
     levels = _merged_levels(x.numel(), y.numel(), x.device)
     return math.sqrt(float(_quantile_distance_squared(x[None], y[None], levels)[0]))
-
-
-def wasserstein2_to_gaussian(samples: ArrayLike, mean: float, std: float) -> float:
-    r"""Exact :math:`W_2` between an empirical law on the line and :math:`N(m, s^2)`.
-
-    The i-th smallest of N samples faces the normal quantiles of the cell
-    :math:`[(i-1)/N, i/N]`, whose mean is
-    :math:`q_i = N (\varphi(z_{i-1}) - \varphi(z_i))` with
-    :math:`z_i = \Phi^{-1}(i/N)`. Hence, without Monte Carlo on the Gaussian side,
-
-    .. math::
-        W_2^2 = \frac1N \sum_i (x_{(i)} - m - s q_i)^2
-              + s^2 \Bigl(1 - \frac1N \sum_i q_i^2\Bigr).
-
-    The second term is what no N points can do better than. On N draws from the very
-    same Gaussian the distance is not 0 but of order :math:`s \sqrt{\log\log N / N}`.
-
-    Args:
-        samples: Samples [N] or [N, 1].
-        mean: Mean of the Gaussian.
-        std: Its standard deviation, >= 0 (0 is a point mass).
-
-    Returns:
-        The distance, in the units of the samples.
-
-    Raises:
-        ValueError: If the samples are empty, not finite or not one-dimensional, or
-            ``std`` is negative.
-    """
-    x = numbers(samples, "samples").sort().values
-    mean, std = finite_float(mean, "mean"), finite_float(std, "std")
-    if std < 0:
-        raise ValueError(
-            f"std: expected a standard deviation >= 0, got {std}; a variance has its "
-            "root there"
-        )
-    count = x.numel()
-    levels = torch.arange(count + 1, dtype=torch.float64, device=x.device) / count
-    z = torch.special.ndtri(levels)
-    density = torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)  # 0 at both ends
-    cell = count * (density[:-1] - density[1:])
-    within = (1 - (cell**2).mean()).clamp_min(0.0)
-    return math.sqrt(float((x - mean - std * cell).square().mean() + std**2 * within))
 
 
 def wasserstein2_gaussian(

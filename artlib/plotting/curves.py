@@ -98,7 +98,6 @@ def plot_stiffness(
 def plot_error(
     results: Mapping[str, tuple[Array, Array]],
     *,
-    xlabel: str = "NFE",
     ylabel: str = "error (data units)",
     floors: float | Mapping[str, float] | None = None,
 ) -> Figure:
@@ -106,7 +105,6 @@ def plot_error(
 
     Args:
         results: Label -> (nfe [n], errors [seeds, n] or [n]); errors > 0.
-        xlabel: Label of the x axis.
         ylabel: Label of the y axis, with the unit.
         floors: Levels below which no schedule can come (Monte Carlo noise, the error
             of the reference): a number, or a dict label -> number.
@@ -156,7 +154,7 @@ def plot_error(
         axes.tick_params(axis="x", which="minor", length=0)
         log_values(axes)
         axes.grid()
-        axes.set_xlabel(xlabel)
+        axes.set_xlabel("NFE")
         axes.set_ylabel(ylabel)
         legend_below(figure, axes)
     return figure

@@ -30,7 +30,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from .._common.checks import (
@@ -41,6 +40,7 @@ from .._common.checks import (
     positive_int,
     require_finite,
 )
+from .._common.interpolation import pchip
 from .._common.precision import full_precision
 from .._common.types import SeedLike
 from ..flow.denoisers import CountNFE
@@ -251,7 +251,7 @@ def girsanov(
             "flow: the denoising loss is the same at all noise levels; is the denoiser "
             "a constant?"
         )
-    slope = PchipInterpolator(level, rising).derivative()(level)[::-1]
+    slope = pchip(level, rising).derivative()(level)[::-1]
     alpha, sigma = process.alpha(times), process.sigma(times)
     w = process.sigma_dot(times) * alpha - process.alpha_dot(times) * sigma
     rate = torch.from_numpy(slope.copy()) * log_level_dot(process, times)

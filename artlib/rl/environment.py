@@ -320,20 +320,20 @@ class ModelEnvironment(TableEnvironment):
     def start(self, rows: Tensor) -> Place:
         self._x = self._x_T[rows.to(self._x_T.device)]
         self._here = self._flow.rows(rows, len(self._x_T))
-        return self._evaluate(super().start(rows), rows)
+        return self._evaluate(super().start(rows))
 
     def advance(self, here: Place, rows: Tensor, t: Tensor) -> Place:
         now = self._column(here.t)
         step = self._column(t) - now
         velocity = self._here.velocity(self._x, now)
         self._x = self._x + step.to(self._x.dtype) * velocity
-        return self._evaluate(super().advance(here, rows, t), rows)
+        return self._evaluate(super().advance(here, rows, t))
 
     def _column(self, t: Tensor) -> Tensor:
         """Times [n] as a column against the states, where those are."""
         return t.to(self._x.device).reshape(-1, *[1] * (self._x.ndim - 1))
 
-    def _evaluate(self, place: Place, rows: Tensor) -> Place:
+    def _evaluate(self, place: Place) -> Place:
         stiffness = self._here.stiffness(self._x, self._column(place.t)).double()
         if not bool((torch.isfinite(stiffness)).all()):
             raise FloatingPointError(

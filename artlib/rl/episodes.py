@@ -53,7 +53,9 @@ def play(
     step_cost: Literal["exact", "left"],
     noise: Tensor | None,
 ) -> Episodes:
-    r"""Walk trajectories with the policy :math:`N(\mu_\phi, \lambda/|Q|)`.
+    r"""Walk trajectories with the policy :math:`N(\mu_\phi, \lambda/|Q|)`, eq. (11).
+
+    Over many short steps the draws average out and the mean moves the state, eq. (12).
 
     Args:
         environment: Look-ups or model.

@@ -138,7 +138,17 @@ def share_slope(
 def critic_value(
     output: Tensor, rho: Tensor, tau: Tensor, constraint: Constraint
 ) -> Tensor:
-    """V in natural units from the critic's output c [...]; see the module."""
+    """The exploratory value V, eq. (14), in natural units; see the module.
+
+    Args:
+        output: The critic's output c [...].
+        rho: Share of the log noise level still to go [...].
+        tau: Share of the clock that is spent [...].
+        constraint: ``"hard"`` or ``"multiplier"``.
+
+    Returns:
+        V [...], float64.
+    """
     if constraint == "hard":
         return -torch.exp(2 * output.double()) * rho**2 / (1 - tau)
     return (1 - tau) * output.double()

@@ -25,6 +25,23 @@ from .options import Options, TrainingRecord
 from .policy import CUT_VARIANCE, Head, critic_value, cut_normal
 
 
+def increments(value: Tensor, reward: Tensor) -> Tensor:
+    r"""Martingale increments :math:`\delta_k = V_{k+1} - V_k + r_k\,T/K`.
+
+    By Bellman's principle, eq. (15), their mean is 0 for the true value. After the last
+    step V is 0.
+
+    Args:
+        value: V before each step [K, n].
+        reward: r dt of each step [K, n].
+
+    Returns:
+        [K, n].
+    """
+    following = torch.cat([value[1:], torch.zeros_like(value[:1])])
+    return following - value + reward
+
+
 def decay(done: float) -> float:
     """Factor of all step sizes: a half cosine from 1 to almost 0.
 
@@ -90,8 +107,7 @@ class Learner:
             output = self.critic(rho, tau, episodes.features)
             value = critic_value(output, rho, tau, o.constraint)
             frozen = value.detach()
-            following = torch.cat([frozen[1:], torch.zeros_like(frozen[:1])])
-            increment = following - frozen + reward
+            increment = increments(frozen, reward)
             if o.test_function == "gradient":
                 weight = torch.ones_like(frozen)
             elif o.constraint == "hard":
@@ -120,7 +136,7 @@ class Learner:
         self._ascend(0, objective, done, iteration)
 
     def actor_objective(self, episodes: Episodes, increment: Tensor) -> Tensor:
-        """What has the actor's moments (29b) as its gradient.
+        """What has the moments of eq. (29b), the actor's update, as its gradient.
 
         Args:
             episodes: What was played.
@@ -270,17 +286,12 @@ class Loop:
         self._rng.set_state(tensors["rng"].cpu())
 
     def _learn(self) -> TrainingRecord:
-        o, env, now = self._options, self._environment, self.iteration + 1
+        o, now = self._options, self.iteration + 1
         done = self.iteration / self.iterations
         rows = self._draw_rows()
         noise = cut_normal((o.steps, len(rows)), self._rng)
         episodes = self.play(rows, noise=noise)
-        drawn = len(episodes.score)  # a forced last step is no draw
-        reward = -episodes.charged
-        reward[:drawn] += o.temperature * CUT_VARIANCE / o.steps
-        if o.constraint == "multiplier":
-            walked = (episodes.time[:-1] - episodes.time[1:]) / env.span
-            reward = reward - self.multiplier * walked
+        reward = self.reward(episodes)
         if not bool(torch.isfinite(reward).all()):
             raise TrainingError(
                 f"iteration {now}: a step's cost is NaN or infinite; check the "
@@ -288,15 +299,12 @@ class Loop:
             )
         increment = self.learner.update_critic(episodes, reward, done, now)
         if self.iteration >= o.warm_up:
-            self.learner.update_actor(episodes, increment[:drawn], done, now)
+            drawn = increment[: len(episodes.score)]  # a forced last step is no draw
+            self.learner.update_actor(episodes, drawn, done, now)
             # The mean of the iterates over the second half, as stochastic
             # approximation asks for; until then the iterate itself.
             self.learner.update_average(max(1, now - self.iterations // 2))
-        multiplier = self.multiplier
-        if o.constraint == "multiplier":
-            # psi(T) - T, relative; short clocks make gamma more negative (30).
-            end = (episodes.time[-1].mean() - env.process.t_min) / env.span
-            multiplier -= o.multiplier_rate * decay(done) * float(end)
+        multiplier = self.updated_multiplier(episodes, done)
         record = TrainingRecord(
             iteration=now,
             cost=float(episodes.exact.sum(0).mean()),
@@ -306,6 +314,42 @@ class Loop:
         )
         self.iteration, self.multiplier = now, multiplier
         return record
+
+    def reward(self, episodes: Episodes) -> Tensor:
+        r"""The exploratory reward of each step, eq. (13), in natural units.
+
+        It is :math:`-|Q|\theta^2 - \gamma\theta` over the step, and what its noise
+        costs on average, :math:`\lambda` per unit of clock, is paid back.
+
+        Args:
+            episodes: What was played.
+
+        Returns:
+            r dt [K, n].
+        """
+        o, drawn = self._options, len(episodes.score)
+        reward = -episodes.charged
+        reward[:drawn] += o.temperature * CUT_VARIANCE / o.steps
+        if o.constraint == "multiplier":
+            walked = (episodes.time[:-1] - episodes.time[1:]) / self._environment.span
+            reward = reward - self.multiplier * walked
+        return reward
+
+    def updated_multiplier(self, episodes: Episodes, done: float) -> float:
+        r"""The multiplier after these episodes, eq. (30).
+
+        It moves by :math:`\psi(T) - T`, relative to T: clocks that end early make it
+        more negative. Under the hard constraint it stays.
+
+        Args:
+            episodes: What was played.
+            done: Share of the run that is over.
+        """
+        o, env = self._options, self._environment
+        if o.constraint != "multiplier":
+            return self.multiplier
+        end = (episodes.time[-1].mean() - env.process.t_min) / env.span
+        return self.multiplier - o.multiplier_rate * decay(done) * float(end)
 
     def _draw_rows(self) -> Tensor:
         n, batch = self._environment.size, self._options.batch

@@ -77,7 +77,10 @@ class Schedule:
 
     @property
     def horizon(self) -> float:
-        """T, the length of the clock: t_max - t_min, or t_max if it ends at 0."""
+        """T, the length of the clock: t_max - t_min, or t_max if it ends at 0.
+
+        The speed integrates to it over the clock, eq. (6).
+        """
         return self.time_change.horizon
 
     @property
@@ -87,7 +90,7 @@ class Schedule:
         return result
 
     def time(self, clock: TimeLike) -> Tensor:
-        """Process time at a reading of the clock.
+        """Process time at a reading of the clock; its time change is that of eq. (4).
 
         Args:
             clock: Readings in [0, T], any shape.

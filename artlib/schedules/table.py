@@ -16,10 +16,10 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
-from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from .._common.checks import real_tensor
+from .._common.interpolation import pchip
 from .time_change import ROUND_OFF, TimeChange, with_derivative
 
 Interpolation: TypeAlias = Literal["pchip", "linear", "log-linear"]
@@ -99,7 +99,7 @@ class Table(TimeChange):
     def _knots(self) -> tuple[Tensor, Tensor, Tensor]:
         """Clocks, times and the slopes dt/dc at the knots, float64 [n]."""
         clock, times = np.array(self.knots_clock), np.array(self.knots_time)
-        cubic = PchipInterpolator(clock, times)
+        cubic = pchip(clock, times)
         slopes = np.append(cubic.c[2], cubic.derivative()(clock[-1]))
         secants = np.diff(times) / np.diff(clock)
         # At an end PCHIP may choose slope 0, where the inverse would lose half of its
@@ -252,7 +252,7 @@ def quantiles(t: np.ndarray, q: np.ndarray, shares: np.ndarray) -> Tensor:
     Returns:
         float64 tensor [m].
     """
-    density = PchipInterpolator(t, q)
+    density = pchip(t, q)
     cumulated = density.antiderivative()
     at_knots = cumulated(t)
     wanted = shares * at_knots[-1]

@@ -107,7 +107,8 @@ def _runge_kutta(method: str) -> Advance:
     return advance
 
 
-def _euler(position: Position) -> Tensor:
+def euler(position: Position) -> Tensor:
+    """A step of Euler's method, eq. (3): the velocity of its start all along."""
     velocity = position.flow.velocity_from(position.denoised, position.x, position.t)
     return position.x + (position.s - position.t) * velocity
 
@@ -125,7 +126,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
     {
         solver.name: solver
         for solver in (
-            Solver("euler", 1, 1, _euler, tellable=True),
+            Solver("euler", 1, 1, euler, tellable=True),
             _one_step("heun", 2, "heun2"),
             _one_step("rk4", 4, "rk4"),
             _multistep("dpmpp_2m", 2, multistep.dpmpp_2m, 1),

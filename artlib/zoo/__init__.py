@@ -1,4 +1,9 @@
-"""Small networks and data to try things on; nothing is downloaded unasked."""
+"""Small networks and data to try things on.
+
+Nothing is downloaded on import. Weights and samples that artlib was installed without
+are fetched by the first call that asks for them (`artlib.zoo.cache`), data sets only
+with ``download=True``.
+"""
 
 from .datasets import DATASETS, cifar10, digits, emoji, fashion_mnist, mnist
 from .features import FeatureNet, features

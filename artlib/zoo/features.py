@@ -249,8 +249,10 @@ def features(
         device: Where to put it.
 
     Raises:
-        ValueError: If there is no network of that name.
+        ValueError: If there is no network of that name, or what was fetched is
+            another file.
         FileNotFoundError: If the weight file is missing.
+        ConnectionError: If it is not on this machine and cannot be fetched.
         StateFileError: If it is damaged, of another kind or not what it should be.
         ImportError: If ``"imagenet"`` is asked for and is not installed.
 

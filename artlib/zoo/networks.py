@@ -2,9 +2,10 @@
 
 Weights are half-precision safetensors with everything that is needed to use them in
 the header (size of the network, standard deviation of its data, how it was trained).
-They are packaged with the library, under ``artlib/zoo/weights``; how each one was
-trained, its loss curve, time and device stand beside it as JSON. What a user trains is
-written to the folder of `trained_folder` and found there.
+A clone has those that were trained for this book under ``artlib/zoo/weights``; how each
+one was trained, its loss curve, time and device stand beside it as JSON. Without a
+clone they are fetched when first asked for (`artlib.zoo.cache`). They are kept in the
+folder of `trained_folder`, where what a user trains is written and found too.
 """
 
 from __future__ import annotations
@@ -29,16 +30,17 @@ from .._common.tensor_file import (
 from ..flow.denoisers import Denoiser, from_edm
 from ..flow.processes import VE, Process
 from .autoencoder import Autoencoder, AutoencoderConfig
-from .datasets.fetch import folders
+from .cache import fetch, folders, kept
 from .recipes import RECIPES, AutoencoderRecipe, recipe
-from .shipped import CHECK_SUMS
+from .shipped import CHECK_SUMS, shipped
 from .unet import UNet, UNetConfig
 
 _KIND = "artlib-zoo-network"
 _AUTOENCODER_KIND = "artlib-zoo-autoencoder"
+_FOLDER = "zoo"  # in the user's cache
 
 WEIGHTS = Path(__file__).parent / "weights"
-"""Where the packaged weights are."""
+"""Where a clone has the packaged weights."""
 
 
 def trained_folder() -> Path:
@@ -52,14 +54,36 @@ def trained_folder() -> Path:
             "this user has no home folder; set ARTLIB_DATA to one, or name a folder "
             "with --out"
         )
-    return places[0] / "zoo"
+    return places[0] / _FOLDER
 
 
 def weight_file(name: str) -> Path | None:
-    """The packaged weight file of that name, or one that was trained here, or None."""
-    places = [WEIGHTS, *(folder / "zoo" for folder in folders())]
-    found = (place / f"{name}.safetensors" for place in places)
-    return next((path for path in found if path.is_file()), None)
+    """The weight file of a network, fetched if it is packaged and not here.
+
+    Returns:
+        The file of the clone, or one that was trained or fetched here; None if there
+        is none of that name.
+
+    Raises:
+        ConnectionError: If it cannot be fetched.
+        ValueError: If another file came.
+        OSError: If it cannot be kept.
+    """
+    if (here := _weights_here(name)) is not None:
+        return here
+    path = _shipped_path(name)
+    return fetch(path, _FOLDER) if path in shipped() else None
+
+
+def _weights_here(name: str) -> Path | None:
+    """The weight file of a network on this machine, or None."""
+    if (packaged := WEIGHTS / f"{name}.safetensors").is_file():
+        return packaged
+    return kept(_shipped_path(name), _FOLDER)
+
+
+def _shipped_path(name: str) -> str:
+    return f"weights/{name}.safetensors"
 
 
 class ZooDenoiser(Denoiser):
@@ -141,8 +165,11 @@ def load(
         its parameters.
 
     Raises:
-        ValueError: If there is no network of that name.
+        ValueError: If there is no network of that name, or what was fetched is
+            another file.
         FileNotFoundError: If its weights are not packaged: they have to be trained.
+        ConnectionError: If they are packaged, not on this machine, and cannot be
+            fetched; the message says what to do.
         StateFileError: If the weight file is damaged or not what it should be.
 
     Example:
@@ -180,8 +207,11 @@ def load_autoencoder(
         device: Where to put it.
 
     Raises:
-        ValueError: If there is no network of that name.
+        ValueError: If there is no network of that name, or what was fetched is
+            another file.
         FileNotFoundError: If its weights are not packaged: they have to be trained.
+        ConnectionError: If they are packaged, not on this machine, and cannot be
+            fetched; the message says what to do.
         StateFileError: If the weight file is damaged or not what it should be.
     """
     path = _path(name)
@@ -236,22 +266,26 @@ def _rebuild(
 
 def available() -> list[str]:
     """Names of the score networks whose weights are packaged."""
+    listed = shipped()
     return [
         name
         for name, made in RECIPES.items()
         if not isinstance(made, AutoencoderRecipe)
-        and (WEIGHTS / f"{name}.safetensors").is_file()
+        and (
+            _shipped_path(name) in listed or (WEIGHTS / f"{name}.safetensors").is_file()
+        )
     ]
 
 
-def fully_trained(name: str, folder: Path = WEIGHTS) -> bool:
+def fully_trained(name: str, folder: Path | None = None) -> bool:
     """Whether a network has been trained on as many images as its recipe asks for.
 
     A network may be packaged before that: trained for less, where there was no GPU.
 
     Args:
         name: A key of `RECIPES`.
-        folder: Where its weights are.
+        folder: Where its weights are; by default where `load` finds them on this
+            machine, without fetching anything.
 
     Returns:
         False also if there are no weights; True if these do not say how they were made.
@@ -261,8 +295,8 @@ def fully_trained(name: str, folder: Path = WEIGHTS) -> bool:
         StateFileError: If the weight file is damaged.
     """
     asked = recipe(name)
-    path = folder / f"{name}.safetensors"
-    if not path.is_file():
+    path = folder / f"{name}.safetensors" if folder else _weights_here(name)
+    if path is None or not path.is_file():
         return False
     autoencoder = isinstance(asked, AutoencoderRecipe)
     kind = _AUTOENCODER_KIND if autoencoder else _KIND

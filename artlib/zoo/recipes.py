@@ -237,15 +237,6 @@ _ALL: tuple[Recipe, ...] = (
         batch=256,
         ema=0.9995,
     ),
-    ScoreRecipe(
-        "fashion-xl",
-        "fashion",
-        replace(_FASHION, widths=(96, 256), blocks=2),
-        steps=80_000,
-        batch=256,
-        rate=5e-4,
-        ema=0.9995,
-    ),
     ScoreRecipe("mnist-base", "mnist", _FASHION, steps=1_500),
     ScoreRecipe("emoji-base", "emoji", UNetConfig(shape=(3, 32, 32)), steps=1_500),
     AutoencoderRecipe(

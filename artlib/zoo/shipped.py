@@ -1,8 +1,22 @@
-"""Check sums of everything in the packaged files, which hold only one of their tensors.
+"""What the zoo ships beside its code, by check sum: weights, and samples of data.
 
-They were written by artlib 0.1.0; later files carry both. By the check sum of the
-tensors, so that a copy elsewhere, under another name, is known too.
+These files stand in the repository but not in the wheel. ``shipped.sha256`` lists them,
+in the form of the program sha256sum: what `artlib.zoo.cache` fetches is compared with
+it. ``tools/check_sums.py`` writes it.
 """
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_LIST = Path(__file__).with_name("shipped.sha256")
+
+
+def shipped() -> dict[str, str]:
+    """SHA-256 of each file by its path below ``artlib/zoo``, with slashes."""
+    lines = _LIST.read_text("ascii").splitlines()
+    return {path: digest for digest, path in (line.split() for line in lines)}
+
 
 CHECK_SUMS = {
     # cnn-fashion
@@ -33,10 +47,6 @@ CHECK_SUMS = {
     "1d62c15596ba459ea76ae2d4f3d98a7586d964bf3bda272ca84b934a3d00770b": (
         "de764bdb93d0ad8123ed56f2c3113b0d3491d29991ec1ae75cb16bb88a815d23"
     ),
-    # fashion-xl
-    "701dfcc4bc01937a9c52a3d9c38cc90225bb5f731d7a94177a46ac3d2dd03736": (
-        "8756428f9a8e9e092b92231cbef862ed58c8a43d10a0043c8456e56469283dd5"
-    ),
     # lenet-mnist
     "f6dc7dc43df7003d067286871e0c90cdc09a13d56d33e5f0ad770ab0d6b5aade": (
         "654f9a34767f9695aebe574815344d5a12a40ba471aaf148bbd8d0ae2db2ee90"
@@ -50,4 +60,9 @@ CHECK_SUMS = {
         "b1bc483ba84e8d60aba86b55a1c080671705da656ddc60b45edd14f276de82b2"
     ),
 }
-"""SHA-256 of everything by that of the tensors, see `artlib._common.tensor_file`."""
+"""SHA-256 of everything in a weight file by that of its tensors.
+
+For the files of artlib 0.1.0, which hold only the latter; later ones carry both
+(`artlib._common.tensor_file`). By the tensors, so that a copy under another name is
+known too.
+"""

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..._common.checks import finite_float
+from ...flow.denoisers import Denoiser
+from ...flow.process import Process
 from ...flow.rows import Rows, take_rows
 from .times import innermost
 
@@ -262,6 +264,64 @@ class Guidance:
             return torch.cat([a, b])
 
         return {name: join(value, second[name], name) for name, value in first.items()}
+
+
+class GuidedDenoiser(Denoiser):
+    """A denoiser whose network is asked under a condition, and again without it.
+
+    Args:
+        network: The network.
+        process: The process to sample under.
+        convert: From its answer to the denoised sample, as `Denoiser` has it.
+        guide: How the network is called under its condition.
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Any],
+        process: Process,
+        convert: Callable[..., Tensor],
+        guide: Guidance,
+    ) -> None:
+        super().__init__(network, process, convert)
+        self._guide = guide
+
+    def rows(self, index: Rows) -> Self:
+        """The denoiser of some of the samples, for a batch that is worked on in parts.
+
+        Args:
+            index: Which samples, a slice or row numbers [n]; their rows of the
+                conditions that have one per sample.
+
+        Returns:
+            A denoiser around the same network; itself where all conditions are shared.
+        """
+        guide = self._guide.rows(index)
+        if guide is self._guide:
+            return self
+        part = self._twin()
+        part._guide = guide
+        return part
+
+    def check_rows(self, count: int) -> None:
+        self._guide.check_rows(count)
+
+    def _given(
+        self, x: Tensor, condition: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The state and the conditions as the network takes them."""
+        state = x.clone()  # a network may scale its input in place
+        cast = {k: cast_condition(v, x.dtype) for k, v in condition.items()}
+        if BESIDE_STATE in cast:
+            state = beside_state(state, cast.pop(BESIDE_STATE), self.network)
+        return state, cast
+
+
+def without_variance(answer: Tensor, x: Tensor) -> Tensor:
+    """What a network predicts of ``x``, without the half of channels after it."""
+    if answer.ndim > 1 and answer.shape[1] == 2 * x.shape[1]:
+        return answer[:, : x.shape[1]]
+    return answer
 
 
 def beside_state(x: Tensor, channels: Any, network: Any) -> Tensor:

@@ -32,16 +32,9 @@ from torch import Tensor, nn
 
 from ..._common.checks import finite_float
 from ...flow.ask import exact_time
-from ...flow.denoisers import Denoiser, Prediction, network_dtype
+from ...flow.denoisers import Prediction, network_dtype
 from ...flow.processes import VE, Process, RectifiedFlow
-from ...flow.rows import Rows
-from .guidance import (
-    BESIDE_STATE,
-    Condition,
-    Guidance,
-    beside_state,
-    cast_condition,
-)
+from .guidance import Condition, Guidance, GuidedDenoiser, without_variance
 from .times import (
     config_of,
     is_edm,
@@ -157,7 +150,7 @@ def scheduler_process(scheduler: Any) -> Process:
     )
 
 
-class DiffusersDenoiser(Denoiser):
+class DiffusersDenoiser(GuidedDenoiser):
     """What `denoiser` returns: a module ``D(x, t)`` in float64 around the network.
 
     Args:
@@ -176,29 +169,8 @@ class DiffusersDenoiser(Denoiser):
     ) -> None:
         process = scheduler_process(scheduler)
         self.prediction, convert = _formula(scheduler)
-        super().__init__(network, process, convert)
-        self._guide = guide
+        super().__init__(network, process, convert, guide)
         self._scale = timestep_scale
-
-    def rows(self, index: Rows) -> DiffusersDenoiser:
-        """The denoiser of some of the samples, for a batch that is worked on in parts.
-
-        Args:
-            index: Which samples, a slice or row numbers [n]; their rows of the
-                conditions that have one per sample.
-
-        Returns:
-            A denoiser around the same network; itself where all conditions are shared.
-        """
-        guide = self._guide.rows(index)
-        if guide is self._guide:
-            return self
-        part = self._twin()
-        part._guide = guide
-        return part
-
-    def check_rows(self, count: int) -> None:
-        self._guide.check_rows(count)
 
     def _predict(self, x: Tensor, t: Tensor) -> Tensor:
         """The network's answer in the dtype of ``x``; its time stays in float32."""
@@ -208,16 +180,11 @@ class DiffusersDenoiser(Denoiser):
         return self._guide(self._call, x.to(dtype), time).to(x.dtype)
 
     def _call(self, x: Tensor, time: Tensor, **condition: Any) -> Tensor:
-        # Copies: a network may scale its input, or its time, in place.
-        state, times = x.clone(), time.clone()
-        cast = {k: cast_condition(v, x.dtype) for k, v in condition.items()}
+        state, cast = self._given(x, condition)
         network: Any = self.network
-        if BESIDE_STATE in cast:
-            state = beside_state(state, cast.pop(BESIDE_STATE), network)
-        answer = network(state, timestep=times, return_dict=False, **cast)[0]
-        if answer.ndim > 1 and answer.shape[1] == 2 * x.shape[1]:
-            answer = answer[:, : x.shape[1]]  # the other half is a variance
-        return answer
+        # A copy: a network may scale its time in place.
+        answer = network(state, timestep=time.clone(), return_dict=False, **cast)[0]
+        return without_variance(answer, x)
 
 
 def _formula(scheduler: Any) -> tuple[str, Callable[..., Tensor]]:

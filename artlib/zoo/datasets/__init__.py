@@ -16,7 +16,8 @@ other sets; colours are scaled by the latter, so white is 1.
 All but the first are looked for in the folder named by the environment variable
 ``ARTLIB_DATA``, in ~/.cache/artlib, and where Debian's packages install them. A copy is
 recognised by a check sum of its decoded content. Nothing is downloaded unless a call
-says ``download=True``; ``split="sample"`` needs nothing at all. CIFAR-10 is not ours to
+says ``download=True``, but for the small ``split="sample"`` where artlib was installed
+without its clone (`artlib.zoo.cache`). CIFAR-10 is not ours to
 pass on, so it has no such sample: `make cifar` fetches it.
 """
 
@@ -24,21 +25,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..cache import sample_file
 from . import cifar as _cifar
 from .fetch import find
 from .sources import describe
 
 Split: TypeAlias = Literal["train", "test", "sample"]
 """Training part, test part, or 400 images of the latter that come with artlib."""
-
-_SAMPLES = Path(__file__).with_name("samples")
 
 
 @overload
@@ -281,7 +280,7 @@ def _load(
             f"{split!r}"
         )
     if split == "sample":
-        stored = load_file(_SAMPLES / f"{name}.safetensors")
+        stored = load_file(sample_file(name))
         images, labels = stored["images"], stored["labels"]
     else:
         images, labels = find(describe(name), download=download)

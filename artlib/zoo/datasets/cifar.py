@@ -38,8 +38,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..._common.files import write_bytes
+from ..cache import folders
 from .decode import FormatError, Images
-from .fetch import folders
 
 Split: TypeAlias = Literal["train", "test"]
 """The authors' training and test part; no sample, as its images are not passed on."""

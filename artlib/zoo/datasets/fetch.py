@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
-import os
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..._common.files import write_bytes
+from ..cache import LARGEST, download, folders
 from .decode import FormatError, Images, content_hash
-
-# The largest of the files to download has 26 MB.
-_LARGEST_DOWNLOAD = 64 * 2**20
-_TIMEOUT = 60.0  # seconds without a byte
 
 
 @dataclass(frozen=True)
@@ -61,16 +55,6 @@ class DataSet:
     installed: Sequence[Source]
     online: Source
     install: str
-
-
-def folders() -> list[Path]:
-    """Where data sets are cached: ``$ARTLIB_DATA`` if set, then ~/.cache/artlib."""
-    chosen = os.environ.get("ARTLIB_DATA")
-    # Path.home() fails for a user without a home; such a user has the variable.
-    with contextlib.suppress(RuntimeError):
-        home = Path.home() / ".cache" / "artlib"
-        return [Path(chosen), home] if chosen else [home]
-    return [Path(chosen)] if chosen else []
 
 
 def find(data: DataSet, *, download: bool) -> Images:
@@ -120,7 +104,7 @@ def find(data: DataSet, *, download: bool) -> Images:
 
 
 def _read(path: Path) -> bytes:
-    if (size := path.stat().st_size) > _LARGEST_DOWNLOAD:
+    if (size := path.stat().st_size) > LARGEST:
         raise FormatError(f"too large ({size} bytes)")
     return path.read_bytes()
 
@@ -165,16 +149,14 @@ def _cache(data: DataSet, images: Images) -> None:
 
 def _download(name: str, address: str) -> bytes:
     try:
-        with urllib.request.urlopen(address, timeout=_TIMEOUT) as answer:
-            content: bytes = answer.read(_LARGEST_DOWNLOAD + 1)
-    except (OSError, http.client.HTTPException) as error:
+        return download(address)
+    except ConnectionError as error:
         raise ConnectionError(
             f"artlib.zoo.{name}: {address} could not be read ({error}); check the "
             "network, or install the set and call again without download=True"
         ) from error
-    if len(content) > _LARGEST_DOWNLOAD:
+    except ValueError as error:
         raise ValueError(
-            f"artlib.zoo.{name}: {address} has more than {_LARGEST_DOWNLOAD} bytes, "
-            "which the data set has not; nothing of it was kept"
-        )
-    return content
+            f"artlib.zoo.{name}: {address} has {error}, which the data set has not; "
+            "nothing of it was kept"
+        ) from error

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..cache import folders
 from . import decode as _decode
-from .fetch import DataSet, Source, folders
+from .fetch import DataSet, Source
 
 _IDX = (
     "train-images-idx3-ubyte.gz",
