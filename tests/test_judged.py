@@ -98,7 +98,7 @@ def test_adjoint_at_the_nodes_is_the_jacobian_of_a_gaussian() -> None:
     end = float(times[-1]) ** 2
     for row, variance in zip(gains, variances.tolist(), strict=True):
         exact = torch.sqrt((variance + end) / (variance + times[:-1] ** 2))
-        torch.testing.assert_close(row, exact, rtol=0.06, atol=0)
+        torch.testing.assert_close(row, exact, rtol=0.1, atol=0)
 
 
 def error(problem: Problem, schedule: artlib.Schedule, solver: str, K: int) -> float:
