@@ -94,7 +94,7 @@ def test_adjoint_at_the_nodes_is_the_jacobian_of_a_gaussian() -> None:
     times = table_times(WIDE, 64)
     path = flow.trajectory(torch.eye(3, dtype=F64) * 80, times)
     vectors = path.states[:-1]  # along the axes, as the paths are
-    gains = dual_gains_at_nodes(flow, path, vectors, path.states[-1])
+    gains = dual_gains_at_nodes(flow, path, [vectors], path.states[-1])[0]
     end = float(times[-1]) ** 2
     for row, variance in zip(gains, variances.tolist(), strict=True):
         exact = torch.sqrt((variance + end) / (variance + times[:-1] ** 2))

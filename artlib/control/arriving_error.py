@@ -17,7 +17,7 @@ has. For the norm, u runs over R orthonormal random directions per sample,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -231,8 +231,8 @@ def _adjoints(
 
 
 def dual_gains_at_nodes(
-    flow: ProbabilityFlow, path: Trajectory, vectors: Tensor, error: Tensor
-) -> Tensor:
+    flow: ProbabilityFlow, path: Trajectory, vectors: Sequence[Tensor], error: Tensor
+) -> list[Tensor]:
     r"""`_dual_gains` by one vector-Jacobian product a time of the path.
 
     The adjoint q of :math:`x/\sigma` obeys :math:`dq/d\lambda = -\alpha\,(\partial_x
@@ -243,11 +243,12 @@ def dual_gains_at_nodes(
     Args:
         flow: The flow.
         path: Reference paths at times close to each other, [n].
-        vectors: Errors of steps that start at the first n - 1 of them.
+        vectors: Errors of steps that start at the first n - 1 of them, of one solver or
+            of several, which share the adjoint.
         error: What arrives at the last one [N, *shape]; its direction counts.
 
     Returns:
-        :math:`|\langle J^T \hat e, Q\rangle| / |Q|`, [N, n - 1].
+        :math:`|\langle J^T \hat e, Q\rangle| / |Q|`, [N, n - 1], for each of them.
 
     Raises:
         RuntimeError: If the denoiser passes no gradient, or a wrong one.
@@ -255,9 +256,9 @@ def dual_gains_at_nodes(
     times = path.times.cpu()
     alpha, sigma = flow.process.alpha(times), flow.process.sigma(times)
     level = flow.process.log_snr(times) / 2
-    unit, end = _normalised(vectors), _normalised(error[None])[0]
+    units, end = [_normalised(v) for v in vectors], _normalised(error[None])[0]
     adjoint, before = end * float(sigma[-1]), None
-    gains = vectors.new_zeros(vectors.shape[:2])
+    gains = [v.new_zeros(v.shape[:2]) for v in vectors]
     for k in reversed(range(1, len(times))):
         with torch.inference_mode(False), torch.enable_grad():
             x = path.states[k].clone().requires_grad_()
@@ -273,9 +274,10 @@ def dual_gains_at_nodes(
             slope = rate if before is None else 1.5 * rate - 0.5 * before
             adjoint = adjoint + step * slope
         before = rate
-        along = (adjoint / float(sigma[k - 1])) * unit[k - 1]
-        gains[k - 1] = along.flatten(1).sum(1).abs()
-    return gains.T
+        for gain, unit in zip(gains, units, strict=True):
+            along = (adjoint / float(sigma[k - 1])) * unit[k - 1]
+            gain[k - 1] = along.flatten(1).sum(1).abs()
+    return [gain.T for gain in gains]
 
 
 _REMEDY = (

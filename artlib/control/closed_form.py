@@ -181,7 +181,7 @@ def art(
     Args:
         flow: The flow.
         x_T: States at ``t_max`` [N, *shape]. With a ``solver`` alone a third of them,
-            at most 32, judges; 48 are enough for most networks.
+            at most 32, judges: with 96 paths the choice is hardly one of luck.
         average: See `StiffnessTable.art`; ``"paper"`` with a ``solver`` implies
             ``weight="local"``.
         solver: The solver to match; None for |Q| itself.

@@ -12,9 +12,9 @@ can be told for little: a run of K steps is K evaluations. So
 3. candidates are :math:`|Q|^{1/2}` and :math:`|Q|^{2/3}` (on a Gaussian of one variance
    l the latter is the optimum of Euler's method: there :math:`|Q| \propto (l +
    t^2)^{-3/2}`, and the Jacobian to the end goes as :math:`(l + t^2)^{-1/2}`), the
-   solver's own error where it is made, and its part along the error that arrives; and
-   the formulas that need no model, of EDM, of log-SNR and the arctan's, so that what is
-   returned is not worse than those;
+   solver's own error where it is made, what of it and of Euler's lies along the error
+   that arrives; and the formulas that need no model, of EDM, of log-SNR and the
+   arctan's, so that what is returned is not worse than those;
 4. all are run at one number of steps from noise that was **held out**, the best
    `FINALISTS` of them at all numbers, and the geometric mean of the two best densities
    too. The one is returned whose worst disadvantage to the best, over these numbers of
@@ -40,7 +40,7 @@ from ..flow.reference_path import Trajectory
 from ..flow.rows import in_batches
 from ..schedules.constructors import edm, kl_optimal, log_snr
 from ..schedules.schedule import Schedule, describe_origin
-from ..solvers.solver import Solver, SolverLike, solver_of
+from ..solvers.solver import SOLVERS, Solver, SolverLike, solver_of
 from .arriving_error import arriving, dual_gains_at_nodes
 from .matched import Noise
 from .on_path import path_errors
@@ -175,25 +175,28 @@ def _densities(
     nodes = own.art().grid(DUAL_STEPS)
     nodes[-1] = flow.process.t_min
     try:
-        arrives = []
+        arrives: dict[str, list[Tensor]] = {"|Q|, dual": [], "own error, dual": []}
         for part, path in paths():
             q = part.path_acceleration(path, forward=False)
-            errors = _errors(part, path, kind, found, q)
-            error = arriving(
-                part, path, nodes, kind if kind.step is None else kind.step
-            )
-            norms = errors.norms()
-            gains = dual_gains_at_nodes(part, path, errors.vectors, error)
-            norms = norms.to(gains) * gains
-            arrives.append(at_times(part, errors.times, norms, times))
+            both = [
+                _errors(part, path, SOLVERS["euler"], None, q),
+                _errors(part, path, kind, found, q),
+            ]
+            step = kind if kind.step is None else kind.step
+            error = arriving(part, path, nodes, step)
+            gains = dual_gains_at_nodes(part, path, [e.vectors for e in both], error)
+            for rows, e, gain in zip(arrives.values(), both, gains, strict=True):
+                norms = e.norms().to(gain) * gain
+                rows.append(at_times(part, e.times, norms, times))
     except RuntimeError as failure:
         if not str(failure).startswith("weight:"):
             raise
     else:
-        dual = StiffnessTable(
-            flow.process, times, torch.cat(arrives).cpu(), order=found
-        )
-        densities["own error, dual"] = dual.fine_mean ** (1 / (found + 1))
+        for (label, rows), p in zip(arrives.items(), (1, found), strict=True):
+            values = torch.cat(rows).cpu()
+            dual = StiffnessTable(flow.process, times, values, order=p)
+            if label == "|Q|, dual" or kind.name != "euler":
+                densities[label] = dual.fine_mean ** (1 / (p + 1))
     return {label: d / d.mean() for label, d in densities.items()}
 
 
