@@ -21,7 +21,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -34,7 +34,7 @@ from ._common.checks import check_samples, finite_float, got, positive_int
 from ._common.files import check_output, write_bytes
 from ._common.precision import full_precision
 from .comparison.bootstrap import percentiles, resample, statistic
-from .control.closed_form import art
+from .control.closed_form import THRIFTY_POINTS, art, stiffness_path
 from .control.few_steps import refine
 from .control.matched import (
     Noise,
@@ -132,9 +132,9 @@ def tune(
         nfe: Evaluations of a run, at least 2; or several numbers, which share the
             reference and the schedules.
         solvers: Solvers to try.
-        schedules: Label -> schedule to try them on; by default ART in closed form, for
-            Euler and for DPM-Solver++(2M) (with dual weights where the network passes a
-            gradient), KL-optimal, EDM and log-SNR (both unpinned).
+        schedules: Label -> schedule to try them on; by default ART in closed form, with
+            the exponents 1/2 and 2/3, and for DPM-Solver++(2M) (with dual weights where
+            the network passes a gradient), KL-optimal, EDM and log-SNR (both unpinned).
         seconds: Time for refining, all numbers together; by default no limit. It is
             looked at between refinements, and what has been found by then is judged.
         evaluations: Evaluations of a batch that one refinement may spend; by default
@@ -160,7 +160,8 @@ def tune(
     """
     check_flow(flow)
     check_share(held_out_share, len(check_samples(x_T)))
-    budgets = [nfe] if isinstance(nfe, int) else list(nfe)
+    several = isinstance(nfe, Iterable) and not isinstance(nfe, str)
+    budgets: list[Any] = list(nfe) if several else [nfe]  # type: ignore[arg-type]
     for number in budgets:
         if positive_int(number, "nfe") < 2:
             raise ValueError(
@@ -200,7 +201,7 @@ def tune(
                 store.keep(number, search.run(progress=progress))
         plans = [store.plan(number) for number in budgets]
     found = [plan for plan in plans if plan is not None]
-    return found[0] if isinstance(nfe, int) else found
+    return found if several else found[0]
 
 
 def tuning_report(plan: Plan) -> str:
@@ -253,13 +254,24 @@ def _untrained(noise: Noise, batch: int | None) -> dict[str, Schedule]:
     flow, x = noise.flow, noise.x[:LEARNING_PATHS]
     few = flow.rows(slice(len(x)), len(noise.x))
     process = flow.process
-    found = {"ART": art(few, x, batch=batch)}
+    table, _ = stiffness_path(
+        few,
+        x,
+        points=THRIFTY_POINTS,
+        method="multistep",
+        batch=batch,
+        keep=False,
+        forward=False,
+    )
+    found = {"ART": table.art(), "ART, |Q|^(2/3)": table.art(exponent=2 / 3)}
     try:
         found["ART for 2M, dual"] = art(
             few, x, solver="dpmpp_2m", weight="dual", batch=batch
         )
     except RuntimeError:  # no gradient
-        found["ART for 2M"] = art(few, x, solver="dpmpp_2m", batch=batch)
+        found["ART for 2M"] = art(
+            few, x, solver="dpmpp_2m", weight="local", batch=batch
+        )
     return {
         **found,
         "KL-optimal": kl_optimal(process),

@@ -1162,3 +1162,18 @@ def test_the_actor_weighs_its_steps_by_the_time_that_is_left(
         weight = K / (K - k) if test_function == "relative" else 1.0
         total = total + weight * output * episodes.score[k] * increment[k]
     torch.testing.assert_close(found, total.mean(), rtol=1e-5, atol=1e-9)
+
+
+def test_nothing_trained_is_not_distilled_and_said() -> None:
+    trainer = small()
+    with pytest.raises(TrainingError, match=r"distill: nothing was trained.*fit"):
+        trainer.distill()
+    with pytest.warns(UserWarning, match=r"train: nothing was trained.*trainer\.fit"):
+        trainer.train(6)
+    assert trainer.iteration == 0
+    last = trainer.fit(6)
+    assert last is not None
+    assert last.iteration == trainer.iteration == 6
+    looped = small()
+    assert list(looped.train(6))[-1] == last
+    assert torch.equal(trainer.distill().grid(9), looped.distill().grid(9))

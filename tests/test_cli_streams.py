@@ -317,7 +317,7 @@ def test_debug_shows_where_an_error_came_from(here: Path, capsys: Any) -> None:
 def test_learn_for_a_solver(here: Path, solver: str, capsys: Any) -> None:
     assert main([*LEARN, "--solver", solver, "-o", "s.json"]) == 0
     flow, x_T = source()
-    expected = artlib.art(flow, x_T, solver=solver, points=24)
+    expected = artlib.art(flow, x_T, solver=solver, weight="local", points=24)
     found = artlib.Schedule.load("s.json")
     assert torch.equal(found.grid(9), expected.grid(9))
     assert found.name == expected.name == f"ART ({solver})"

@@ -229,7 +229,7 @@ def test_a_solver_of_ones_own_goes_wherever_a_name_does() -> None:
     assert slope([left(process, smooth(process, K), MINE) for K in (40, 80)]) > 1.7
     problem = mixture_16d(process, 8)
     flow, x = problem.flow(), problem.x_T
-    matched = artlib.art(flow, x, solver=MINE, points=24)
+    matched = artlib.art(flow, x, solver=MINE, weight="local", points=24)
     assert artlib.nfe(matched.grid(6), solver=MINE) == 6
     refined = artlib.refine(matched, flow, x, 4, solver=MINE, iterations=3)
     assert refined.provenance["solver"] == "mine"

@@ -32,7 +32,9 @@ BOTH: dict[str, Callable[[Tensor], Any]] = {
     "art, mean of the clocks": lambda x: artlib.art(
         FLOW, x, average="paper", points=17
     ).grid(9),
-    "art for Heun": lambda x: artlib.art(FLOW, x, solver="heun", points=17).grid(9),
+    "art for Heun": lambda x: artlib.art(
+        FLOW, x, solver="heun", weight="local", points=17
+    ).grid(9),
     "cost": lambda x: artlib.cost(FLOW, artlib.edm(FLOW.process), x, points=17),
     "bound": lambda x: artlib.lower_bound(FLOW, x, clock="feedback", points=17),
     "refine": lambda x: artlib.refine(

@@ -41,7 +41,9 @@ EXACT: dict[str, Callable[[artlib.ProbabilityFlow, torch.Tensor], Any]] = {
     "reference path": lambda flow, x: flow.trajectory(x, [80.0, 9.0, 1.0, 0.5, 0.1]),
     "reference solution": lambda flow, x: artlib.sample(flow, x, solver="dopri5"),
     "art": lambda flow, x: artlib.art(flow, x, points=17),
-    "art for Heun": lambda flow, x: artlib.art(flow, x, points=9, solver="heun"),
+    "art for Heun": lambda flow, x: artlib.art(
+        flow, x, points=9, solver="heun", weight="local"
+    ),
     "art, dual": lambda flow, x: artlib.art(flow, x, points=9, weight="dual"),
     "refine": lambda flow, x: artlib.refine(
         artlib.edm(flow.process), flow, x, 2, iterations=1

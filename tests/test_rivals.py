@@ -53,6 +53,42 @@ def test_dynamic_programming_is_a_search_over_all_grids(K: int) -> None:
     assert jumps.cost(K) == pytest.approx(total[best], rel=1e-12)
 
 
+@pytest.mark.parametrize("K", [2, 3, 5])
+def test_a_coefficient_weighs_later_steps_more(K: int) -> None:
+    plain = random_jumps(8, seed=K)
+    jumps = JumpCosts(plain.process, plain.times, plain.costs, coefficient=1.15)
+    total = {
+        nodes: sum(
+            1.15**k * float(jumps.costs[i, j])
+            for k, (i, j) in enumerate(itertools.pairwise(nodes))
+        )
+        for middle in itertools.combinations(range(1, 7), K - 1)
+        for nodes in [(0, *middle, 7)]
+    }
+    best = min(total, key=lambda nodes: total[nodes])
+    assert jumps.grid(K).tolist() == jumps.times[list(best)].tolist()
+    assert jumps.cost(K) == pytest.approx(total[best], rel=1e-12)
+
+
+def test_deviation_is_the_distance_from_the_chord() -> None:
+    """In one dimension there is none, and no step costs anything."""
+    target, flow = gaussian_flow(VE(), 1.0)
+    x_T = target.sample_prior(VE(), 4, seed=0)
+    jumps = euler_jumps(flow, x_T, points=9, measure="deviation", coefficient=1.15)
+    assert float(jumps.costs.abs().max()) < 1e-9
+    assert jumps.coefficient == 1.15
+    problem = mixture_16d(VE(), n=4)
+    flow = problem.flow()
+    plain = euler_jumps(flow, problem.x_T, points=9)
+    off = euler_jumps(flow, problem.x_T, points=9, measure="deviation")
+    # Two points are no further apart off a line than in space.
+    assert bool((off.costs <= plain.costs + 1e-9).all())
+    with pytest.raises(ValueError, match=r"measure: .*'l3'"):
+        euler_jumps(flow, problem.x_T, measure="l3")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"coefficient: .*-1"):
+        euler_jumps(flow, problem.x_T, coefficient=-1.0)
+
+
 def test_what_lies_below_the_diagonal_is_not_looked_at() -> None:
     jumps = random_jumps(8, seed=0)
     spoilt = jumps.costs.tril() * float("nan") + jumps.costs.triu(1)

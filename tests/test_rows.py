@@ -136,6 +136,9 @@ USES: dict[str, Callable[[ProbabilityFlow, int | None], Tensor]] = {
     "art, paper": lambda f, b: artlib.art(
         f, noise(), points=9, average="paper", batch=b
     ).grid(6),
+    "art, judged": lambda f, b: artlib.art(
+        f, noise(), solver="dpmpp_2m", points=9, steps=4, batch=b
+    ).grid(6),
     "error_table": lambda f, b: errors(f, b, solver="heun"),
     "error_table, step": lambda f, b: errors(f, b, solver=midpoint),
     "error_table, multistep": lambda f, b: errors(f, b, solver="dpmpp_2m"),

@@ -176,7 +176,9 @@ def test_a_denoiser_that_cuts_the_gradient_is_refused() -> None:
         flow = ProbabilityFlow(VE(), denoiser, acceleration="difference")
         with pytest.raises(RuntimeError, match=r"weight: .*no_grad"):
             artlib.art(flow, x_T, weight="terminal")
-        artlib.art(flow, x_T, solver="heun")  # the local error needs no gradient
+        artlib.art(
+            flow, x_T, solver="heun", weight="local"
+        )  # the local error needs no gradient
 
 
 def test_weights_go_with_every_solver_and_leave_no_graph() -> None:

@@ -50,7 +50,7 @@ def test_the_winner_leads_on_noise_that_none_has_seen() -> None:
             assert found.mean() < other.mean()
             assert np.median(found) < np.median(other)
     notes = plan.provenance
-    assert len(notes["tried"]) == 3 * 5
+    assert len(notes["tried"]) == 3 * 6
     assert notes["noises"] == [24, 24]
     assert notes["finalists"][0]["name"] == plan.name
     scores = [row["rms"] * row["mean"] for row in notes["finalists"]]

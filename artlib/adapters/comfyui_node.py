@@ -19,8 +19,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, empty
 
-from artlib import ExportError, Schedule
+from artlib import ExportError, Plan, Schedule
 from artlib.adapters.k_diffusion import to_k_diffusion
+from artlib.adapters.told_model import told
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "ARTSigmas"]
 
@@ -220,5 +221,63 @@ def _check_range(sigmas: Tensor, model: Any, schedule: str) -> None:
         )
 
 
-NODE_CLASS_MAPPINGS = {"ARTSigmas": ARTSigmas}
-NODE_DISPLAY_NAME_MAPPINGS = {"ARTSigmas": "ART schedule"}
+class ARTPlan:
+    """The node for plans: MODEL and a plan's file in, MODEL and SIGMAS out.
+
+    The MODEL that comes out tells its network the plan's levels at the plan's nodes.
+    Sample it with the plan's own solver, which the node names: ``euler`` or, in
+    ComfyUI's list, the sampler of that name.
+    """
+
+    CATEGORY: ClassVar[str] = "sampling/custom_sampling/schedulers"
+    RETURN_TYPES: ClassVar[tuple[str, ...]] = ("MODEL", "SIGMAS", "STRING")
+    FUNCTION: ClassVar[str] = "get_model"
+    FOLDER: ClassVar[Path] = Path(__file__).resolve().parent
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, dict[str, Any]]:
+        """What the node asks for; the plans are JSON files of its folder."""
+        return {"required": {"model": ("MODEL",), "plan": (cls._names(),)}}
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        found = (p for p in cls.FOLDER.glob("*.json") if p.is_file())
+        return sorted(path.name for path in found)
+
+    def get_model(self, model: Any, plan: str) -> tuple[Any, Tensor, str]:
+        """The model that is told, the sigmas, and the solver's name.
+
+        Args:
+            model: The MODEL.
+            plan: Name of a file in the node's folder.
+
+        Returns:
+            A clone of the model, float32 [K + 1] on the CPU, and a name.
+
+        Raises:
+            ExportError: If the sampler's steps are not the plan's.
+            ScheduleFormatError: If the file is no plan.
+            ValueError: If there is no such file.
+        """
+        if plan not in (names := self._names()):
+            raise ValueError(
+                f"plan: expected the name of a file in {self.FOLDER}, one of {names}, "
+                f"got {plan!r}"
+            )
+        chosen = Plan.load(self.FOLDER / plan)
+        patched = model.clone()
+        before = patched.model_options.get("model_function_wrapper")
+        levels = told(chosen, patched.clone)  # asked for levels alone
+
+        def wrapper(apply_model: Any, given: dict[str, Any]) -> Any:
+            x, sigma = levels.moved(given["input"], given["timestep"])
+            if before is not None:
+                return before(apply_model, {**given, "input": x, "timestep": sigma})
+            return apply_model(x, sigma, **given["c"])
+
+        patched.set_model_unet_function_wrapper(wrapper)
+        return patched, levels.sigmas, str(chosen.solver)
+
+
+NODE_CLASS_MAPPINGS = {"ARTSigmas": ARTSigmas, "ARTPlan": ARTPlan}
+NODE_DISPLAY_NAME_MAPPINGS = {"ARTSigmas": "ART schedule", "ARTPlan": "ART plan"}

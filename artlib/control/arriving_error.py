@@ -17,7 +17,7 @@ has. For the norm, u runs over R orthonormal random directions per sample,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -136,7 +136,7 @@ def measure_errors(
     for part, path, errors, probe in measured:
         norms = errors.norms()
         if weight == "dual":
-            error = _arriving(part, path, nodes, solver)
+            error = arriving(part, path, nodes, solver)
             gains = _dual_gains(part, path, errors.vectors, error)
             norms = norms.to(gains) * gains
         elif weight == "terminal":
@@ -181,7 +181,7 @@ def _dual_gains(
     return gains.T
 
 
-def _arriving(
+def arriving(
     flow: ProbabilityFlow, path: Trajectory, nodes: Tensor, solver: SolverLike
 ) -> Tensor:
     """Error at t_min of a run of the solver on a schedule."""
@@ -230,6 +230,63 @@ def _adjoints(
         yield k, adjoint
 
 
+def dual_gains_at_nodes(
+    flow: ProbabilityFlow, path: Trajectory, vectors: Sequence[Tensor], error: Tensor
+) -> list[Tensor]:
+    r"""`_dual_gains` by one vector-Jacobian product a time of the path.
+
+    The adjoint q of :math:`x/\sigma` obeys :math:`dq/d\lambda = -\alpha\,(\partial_x
+    D)^T q`, which is integrated from the end of the path by the second-order method of
+    Adams and Bashforth; that of x is :math:`q/\sigma`. Weights enter a density with the
+    power 1/(p + 1), and need no more.
+
+    Args:
+        flow: The flow.
+        path: Reference paths at times close to each other, [n].
+        vectors: Errors of steps that start at the first n - 1 of them, of one solver or
+            of several, which share the adjoint.
+        error: What arrives at the last one [N, *shape]; its direction counts.
+
+    Returns:
+        :math:`|\langle J^T \hat e, Q\rangle| / |Q|`, [N, n - 1], for each of them.
+
+    Raises:
+        RuntimeError: If the denoiser passes no gradient, or a wrong one.
+    """
+    times = path.times.cpu()
+    alpha, sigma = flow.process.alpha(times), flow.process.sigma(times)
+    level = flow.process.log_snr(times) / 2
+    units, end = [_normalised(v) for v in vectors], _normalised(error[None])[0]
+    adjoint, before = end * float(sigma[-1]), None
+    gains = [v.new_zeros(v.shape[:2]) for v in vectors]
+    for k in reversed(range(1, len(times))):
+        with torch.inference_mode(False), torch.enable_grad():
+            x = path.states[k].clone().requires_grad_()
+            if k == len(times) // 2:
+                _check_gradient(flow, x, path.times[k], end)
+            denoised = flow.denoise(x, path.times[k])
+            if not denoised.requires_grad:
+                raise RuntimeError(_NO_GRADIENT)
+            (product,) = torch.autograd.grad(denoised, x, adjoint)
+        rate = float(alpha[k]) * product
+        step = float(level[k] - level[k - 1])
+        if math.isfinite(step):  # without signal the last one stands for it
+            slope = rate if before is None else 1.5 * rate - 0.5 * before
+            adjoint = adjoint + step * slope
+        before = rate
+        for gain, unit in zip(gains, units, strict=True):
+            along = (adjoint / float(sigma[k - 1])) * unit[k - 1]
+            gain[k - 1] = along.flatten(1).sum(1).abs()
+    return [gain.T for gain in gains]
+
+
+_REMEDY = (
+    "take torch.no_grad, torch.inference_mode and detach out of its forward pass, "
+    "or use weight='local'"
+)
+_NO_GRADIENT = f"weight: the denoiser passes no gradient on; {_REMEDY}"
+
+
 def _check_gradient(flow: ProbabilityFlow, x: Tensor, t: Tensor, u: Tensor) -> None:
     """Compare one product with the denoiser's Jacobian with a difference.
 
@@ -243,13 +300,9 @@ def _check_gradient(flow: ProbabilityFlow, x: Tensor, t: Tensor, u: Tensor) -> N
         RuntimeError: If there is no gradient, or they do not agree: part of the
             network is cut off from the graph, which changes gradients without a word.
     """
-    remedy = (
-        "take torch.no_grad, torch.inference_mode and detach out of its forward pass, "
-        "or use weight='local'"
-    )
     denoised = flow.denoise(x, t)
     if not denoised.requires_grad:
-        raise RuntimeError(f"weight: the denoiser passes no gradient on; {remedy}")
+        raise RuntimeError(_NO_GRADIENT)
     found = (torch.autograd.grad(denoised, x, u)[0] * u).flatten(1).sum(1)
     eps = torch.finfo(flow.dtype or torch.float64).eps ** (1 / 3)
     with torch.no_grad():
@@ -264,5 +317,5 @@ def _check_gradient(flow: ProbabilityFlow, x: Tensor, t: Tensor, u: Tensor) -> N
     if bool((found - wanted).norm() > 0.2 * size + doubt):
         raise RuntimeError(
             f"weight: the denoiser's gradient ({float(found.norm()):.3g}) disagrees "
-            f"with a difference ({float(size):.3g}); {remedy}"
+            f"with a difference ({float(size):.3g}); {_REMEDY}"
         )

@@ -21,8 +21,9 @@ The clock runs over T = t_max - t_min, the range on which a schedule is learned.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ from ..flow.rows import in_batches
 from ..schedules.constructors import Schedule
 from ..solvers.solver import SolverLike
 from .arriving_error import Weight, check_weight, measure_errors
+from .judged import POINTS, judged_art
+from .on_path import STENCIL
 from .stiffness import Average, ClockKind, StiffnessTable, check_process
 
 __all__ = [
@@ -46,6 +49,10 @@ __all__ = [
     "lower_bound",
     "stiffness_table",
 ]
+
+
+THRIFTY_POINTS = 32
+"""Times of the reference paths of `art`, one evaluation each."""
 
 
 def stiffness_table(
@@ -63,9 +70,9 @@ def stiffness_table(
         flow: The flow.
         x_T: States at ``t_max`` [N, *shape]; each gives one trajectory.
         points: Times of the table, evenly spaced in the log noise level.
-        method: Integrator of the reference paths: ``"heun"`` costs 2 evaluations a
-            point, ``"rk4"`` 4, ``"dopri5"`` as many as its tolerance asks for; forward
-            mode adds one JVP a point.
+        method: Integrator of the reference paths: ``"multistep"`` costs 1 evaluation a
+            point, ``"heun"`` 2, ``"rk4"`` 4, ``"dopri5"`` as many as its tolerance asks
+            for; forward mode adds one JVP a point.
         rtol: Tolerance of dopri5.
         batch: Trajectories integrated together; by default all. The memory that is
             needed goes with it: some 8 states a point and trajectory. The table is the
@@ -93,6 +100,7 @@ def stiffness_path(
     rtol: float = 1e-6,
     batch: int | None = None,
     keep: bool = True,
+    forward: bool = True,
 ) -> tuple[StiffnessTable, Tensor]:
     """`stiffness_table` together with the states of the paths it was read from.
 
@@ -100,12 +108,14 @@ def stiffness_path(
         flow: The flow.
         x_T: States at ``t_max`` [N, *shape]; each gives one trajectory.
         points: Times of the table, evenly spaced in the log noise level.
-        method: Integrator of the reference paths: ``"heun"``, ``"rk4"`` or
-            ``"dopri5"``.
+        method: Integrator of the reference paths: ``"multistep"``, ``"heun"``,
+            ``"rk4"`` or ``"dopri5"``.
         rtol: Relative (and absolute) tolerance of dopri5.
         batch: Trajectories integrated together, which bounds the memory; by default
             all.
         keep: Whether to keep the states.
+        forward: Whether forward mode may be used, see
+            `ProbabilityFlow.path_stiffness`.
 
     Returns:
         The table and the states [points, N, *shape], float64, empty if they are not
@@ -126,10 +136,10 @@ def stiffness_path(
         values, states, methods = [], [], []
         for part, (x,) in in_batches(counted, [x_T], batch, counter=counter):
             path = part.trajectory(x, times, method=method, rtol=rtol)
-            values.append(part.path_stiffness(path).cpu())
+            values.append(part.path_stiffness(path, forward=forward).cpu())
             if keep:
                 states.append(path.states if batch is None else path.states.cpu())
-            methods.append(part.acceleration_method)
+            methods.append(part.acceleration_method if forward else "difference")
             del path
     table = StiffnessTable(
         flow.process,
@@ -148,9 +158,10 @@ def art(
     average: Average = "open_loop",
     solver: SolverLike | None = None,
     order: int | None = None,
-    weight: Weight = "local",
-    points: int = 64,
-    method: str = "rk4",
+    weight: Weight | Literal["auto"] = "auto",
+    steps: int | Sequence[int] | None = None,
+    points: int | None = None,
+    method: str | None = None,
     probes: int = 8,
     seed: SeedLike = 0,
     batch: int | None = None,
@@ -158,21 +169,35 @@ def art(
     r"""The closed-form ART schedule of a flow.
 
     By default the paper's problem, in which a step leaves :math:`|Q| h^2`. With a
-    ``solver`` it is that solver's own error :math:`|Q_p| h^{p+1}`, and the density is
-    :math:`|Q_p|^{1/(p+1)}`; with a ``weight`` each error counts by what of it arrives
-    at the end (both ours, see `error_table`). These densities are optimal as K grows,
-    not at two or three steps: for those see `artlib.refine`.
+    ``solver`` alone the schedule for that solver: a few densities, among them those of
+    :math:`|Q|` and of the solver's own error, are run for 5, 10 and 20 evaluations from
+    noise that was held out, and the one is returned that is the least behind the best
+    of them (`artlib.control.judged` has the details; ``provenance["density"]`` says
+    which it was). With a ``weight`` too, nothing is run: it is the solver's own error
+    :math:`|Q_p| h^{p+1}`, each counted by what of it arrives at the end, and the
+    density is :math:`|Q_p|^{1/(p+1)}`, optimal as K grows (both ours, see
+    `error_table`). For two or three steps see `artlib.refine`.
 
     Args:
         flow: The flow.
-        x_T: States at ``t_max`` [N, *shape].
-        average: See `StiffnessTable.art`.
-        solver: The solver to match, see `error_table`; None for |Q| itself.
+        x_T: States at ``t_max`` [N, *shape]. With a ``solver`` alone a third of them,
+            at most 32, judges: with 96 paths the choice is hardly one of luck.
+        average: See `StiffnessTable.art`; ``"paper"`` with a ``solver`` implies
+            ``weight="local"``.
+        solver: The solver to match; None for |Q| itself.
         order: See `error_table`.
-        weight: See `error_table`; other than ``"local"`` it implies
-            ``solver="euler"`` where none is given.
-        points: Times of the stiffness table.
-        method: Integrator of the reference paths, see `stiffness_table`.
+        weight: ``"auto"``, or see `error_table`; ``"terminal"`` and ``"dual"`` imply
+            ``solver="euler"`` where no solver is given.
+        steps: Number of steps, or several, that the densities are judged at; only with
+            a ``solver`` alone.
+        points: Times of the table; by default 64, as in `stiffness_table`; 40 with a
+            ``solver`` alone.
+        method: Integrator of the reference paths, see `stiffness_table`; by default
+            ``"rk4"``, and ``"multistep"`` with a ``solver`` alone. If nothing is said
+            of solver, weight, points and method, |Q| is that of `THRIFTY_POINTS` times
+            by ``"multistep"``, with the difference along the path in place of forward
+            mode: a tenth of the evaluations of `stiffness_table`, and a schedule whose
+            cost is within 1 % of that of its own.
         probes: See `error_table`.
         seed: See `error_table`.
         batch: Trajectories computed together, which bounds the memory; by default all.
@@ -197,29 +222,69 @@ def art(
     """
     if not isinstance(average, str) or average not in ("open_loop", "paper"):
         raise ValueError(f"average: expected 'open_loop' or 'paper', got {average!r}")
-    check_weight(weight)
-    if solver is None and weight == "local":
+    automatic = isinstance(weight, str) and weight == "auto"
+    judged = automatic and solver is not None and average == "open_loop"
+    if steps is not None and not judged:
+        raise ValueError(
+            f"steps: got {steps!r}, but nothing is run to judge; pass a solver, and no "
+            "weight"
+        )
+    if judged:
+        assert solver is not None
+        numbers = None if steps is None else _numbers(steps)
+        x_T, count = _checked(flow, x_T, POINTS if points is None else points)
+        return judged_art(
+            flow,
+            x_T,
+            solver=solver,
+            order=order,
+            steps=numbers,
+            points=positive_int(count, "points", minimum=STENCIL),
+            method="multistep" if method is None else method,
+            batch=None if batch is None else positive_int(batch, "batch"),
+        )
+    own: Weight = "local" if weight == "auto" else weight
+    check_weight(own)
+    if solver is None and own == "local":
         if order is not None:
             raise ValueError(f"order: got {order} without a solver; pass solver=...")
-        table = stiffness_table(flow, x_T, points=points, method=method, batch=batch)
+        thrifty = automatic and points is None and method is None
+        table, _ = stiffness_path(
+            flow,
+            x_T,
+            points=(THRIFTY_POINTS if thrifty else 64) if points is None else points,
+            method=("multistep" if thrifty else "rk4") if method is None else method,
+            batch=batch,
+            keep=False,
+            forward=not thrifty,
+        )
         return table.art(average)
     table = error_table(
         flow,
         x_T,
         solver="euler" if solver is None else solver,
         order=order,
-        weight=weight,
-        points=points,
-        method=method,
+        weight=own,
+        points=64 if points is None else points,
+        method="rk4" if method is None else method,
         probes=probes,
         seed=seed,
         batch=batch,
     )
     label = solver if isinstance(solver, str) else solver and "own step"
-    kind = ", ".join(str(w) for w in (label, weight != "local" and weight) if w)
-    notes = {"solver": label or "euler", "weight": weight}
+    kind = ", ".join(str(w) for w in (label, own != "local" and own) if w)
+    notes = {"solver": label or "euler", "weight": own}
     schedule = table.art(average, provenance=notes)
     return replace(schedule, name=f"{schedule.name} ({kind})")
+
+
+def _numbers(steps: int | Sequence[int]) -> tuple[int, ...]:
+    """Numbers of steps, checked."""
+    several = steps if isinstance(steps, Sequence) else [steps]
+    numbers = tuple(sorted({positive_int(K, "steps", minimum=2) for K in several}))
+    if not numbers or isinstance(steps, str):
+        raise ValueError(f"steps: expected at least one number, got {steps!r}")
+    return numbers
 
 
 def error_table(

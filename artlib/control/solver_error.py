@@ -22,6 +22,7 @@ that. All of this is ours.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -163,7 +164,7 @@ def measure(
         one, two = torch.stack(ones), torch.stack(twos)
         column = torch.stack(lengths).reshape(-1, *[1] * (one.ndim - 1))
         scale = (1 - 2.0**-known) * column**power
-        rounding = _rounding(flow, path, column[:, 0].flatten(1), eps)
+        rounding = rounding_of(flow, path, column[:, 0].flatten(1), eps)
         return SolverErrors(
             times=torch.stack(middles),
             vectors=(one - two) / scale,
@@ -172,7 +173,7 @@ def measure(
         )
 
 
-def _rounding(
+def rounding_of(
     flow: ProbabilityFlow, path: Trajectory, length: Tensor, eps: float
 ) -> Tensor:
     """Rounding of a step's result [n, N]: the state's own and the network's."""
@@ -270,13 +271,44 @@ def _multistep_pair(
         if k:
             x = integrate(flow, x, torch.stack([stations[k - 1], t]), "rk4")
         seen.append(Evaluated(nodes[k], x, flow.denoise(x, t)))
-    seen.reverse()  # the newest first: the start of the step
+    return stations[-3], stations[-1], step_and_halves(flow, kind, nodes, seen)
+
+
+def step_and_halves(
+    flow: ProbabilityFlow,
+    kind: Solver,
+    nodes: list[Node],
+    seen: list[Evaluated],
+    known: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor]:
+    """A multistep solver's step over the last two of some stations, and its halves.
+
+    Args:
+        flow: The flow.
+        kind: The solver; H is its history.
+        nodes: 2 H + 3 stations, the step's start being the last but two.
+        seen: What is known on the path at all but the last two, in that order.
+        known: D at the last two, for halves and corrections; by default the network is
+            asked where the steps lead.
+
+    Returns:
+        The states at the last station, by one step and by two.
+    """
+    history = kind.history
+    past_of = seen[::-1]  # the newest first: the start of the step
+    asked = dict(zip(map(id, nodes[-2:]), known, strict=False))
+
+    def at(state: Tensor, now: Node, then: Node, made: list[Evaluated]) -> Position:
+        position = Position(flow, state, now, then, past=tuple(made[:history]))
+        if id(now) in asked:
+            position.denoised = asked[id(now)]
+        return position
 
     def run(walk: list[Node], past: list[Evaluated]) -> Tensor:
         here, made = past[0], past[1:]
         state, drift = here.x, torch.zeros_like(here.x)
         for k, (now, then) in enumerate(pairwise(walk)):
-            position = Position(flow, state, now, then, past=tuple(made[:history]))
+            position = at(state, now, then, made)
             if not k:  # known already
                 position.denoised = here.denoised
             after = _advance(kind, position)
@@ -285,15 +317,15 @@ def _multistep_pair(
             made = [position.remembered(), *made]
             state = after
         if kind.corrects:
-            (beyond,) = nodes_of(process, [walk[-1].t * 0.9])
-            last = Position(flow, state, walk[-1], beyond, past=tuple(made[:history]))
+            (beyond,) = nodes_of(flow.process, [walk[-1].t * 0.9])
+            last = at(state, walk[-1], beyond, made)
             _advance(kind, last)
             state = last.x
         return state - drift
 
-    one = run([nodes[-3], nodes[-1]], [seen[0], *seen[2::2]])
-    two = run(nodes[-3:], seen[: history + 1])
-    return stations[-3], stations[-1], (one, two)
+    one = run([nodes[-3], nodes[-1]], [past_of[0], *past_of[2::2]])
+    two = run(nodes[-3:], past_of[: history + 1])
+    return one, two
 
 
 def _advance(kind: Solver, position: Position) -> Tensor:

@@ -291,7 +291,8 @@ class ProbabilityFlow:
             x_T: States at ``times[0]``, [N, *shape].
             times: Descending process times [n] in (0, t_max].
             method: ``"heun"`` or ``"rk4"`` (Kutta's 3/8 rule), one step between
-                neighbouring times, or ``"dopri5"``.
+                neighbouring times, ``"multistep"``, of order 3 and one evaluation a
+                time (see `artlib.flow.reference_path`), or ``"dopri5"``.
             rtol: Relative (and absolute) tolerance of dopri5.
 
         Returns:
@@ -308,7 +309,7 @@ class ProbabilityFlow:
             return integrate(self, x_T, times, method, rtol)
 
     @full_precision()
-    def path_stiffness(self, path: Trajectory) -> Tensor:
+    def path_stiffness(self, path: Trajectory, *, forward: bool = True) -> Tensor:
         r"""|Q| at every node of reference paths, by the method in force.
 
         With the difference, :math:`\dot D` is a five-point derivative of the denoised
@@ -317,17 +318,30 @@ class ProbabilityFlow:
 
         Args:
             path: From `trajectory`, with at least five times.
+            forward: Whether forward mode may be used, or the difference is enough
+                unless ``acceleration="jvp"`` asks for it.
 
         Returns:
             |Q| [N, n], float64.
         """
+        q = self.path_acceleration(path, forward=forward)
+        return q.flatten(2).norm(dim=2).T.contiguous()
+
+    @full_precision()
+    def path_acceleration(self, path: Trajectory, *, forward: bool = True) -> Tensor:
+        """Q itself at every node of reference paths, [n, N, *shape]; as above.
+
+        Args:
+            path: From `trajectory`, with at least five times.
+            forward: As in `path_stiffness`.
+        """
+        forward = forward or self._derivative.asked == "jvp"
         with torch.inference_mode(False), torch.no_grad():
             column = path.times.reshape(-1, *[1] * (path.states.ndim - 1))
-            rate = self._forward_rates(path)
+            rate = self._forward_rates(path) if forward else None
             if rate is None or self._derivative.contradicted(*self._some(path)):
                 rate = self._difference_rates(path)
-            q = self.acceleration_from(path.states, column, path.denoised, rate)
-            return q.flatten(2).norm(dim=2).T.contiguous()
+            return self.acceleration_from(path.states, column, path.denoised, rate)
 
     def _some(
         self, path: Trajectory

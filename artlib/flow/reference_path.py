@@ -3,6 +3,19 @@ r"""Reference paths of the probability flow: accurate states at given times.
 Between neighbouring times one step of a fixed-step method, or dopri5, the adaptive
 pair of Dormand and Prince. The latter runs in :math:`\log t`, which suits a range of
 several decades, and never beyond the last time.
+
+``"multistep"`` makes a single evaluation a time. With :math:`\lambda =
+\log(\alpha/\sigma)` the solution is
+
+.. math::
+    x_t = \frac{\sigma_t}{\sigma_s} x_s
+        + \sigma_t \int_{\lambda_s}^{\lambda_t} e^\lambda D\, d\lambda ,
+
+and D is the polynomial through its last three values: first the three behind the step
+(the predictor), and once D is known at its end, two of them and that one (the
+corrector). Both weights are exact for parabolas (exponential Adams methods, order 3),
+and the first step is one of Heun's. With four values or more it is less stable, and at
+a few dozen times |Q| from it is worse (measured: thrice to ten times the excess cost).
 """
 
 from __future__ import annotations
@@ -13,6 +26,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +38,10 @@ from .._common.types import TimeLike
 from .processes import Process
 
 _FIXED_STEP = {"heun": "heun2", "rk4": "rk4"}
+
+_VALUES = 3  # of D behind a step of the multistep method
+
+_QUADRATURE = np.polynomial.legendre.leggauss(12)
 
 
 @dataclass(frozen=True)
@@ -65,7 +83,7 @@ def integrate(
         flow: The flow.
         x_T: States at ``times[0]``, [N, *shape].
         times: Descending process times [n] in (0, t_max].
-        method: ``"heun"``, ``"rk4"`` or ``"dopri5"``.
+        method: ``"heun"``, ``"rk4"``, ``"multistep"`` or ``"dopri5"``.
         rtol: Relative (and absolute) tolerance of dopri5.
 
     Raises:
@@ -74,8 +92,11 @@ def integrate(
             state becomes non-finite.
         RuntimeError: If dopri5 cannot reach its tolerance.
     """
-    if not isinstance(method, str) or method not in (*_FIXED_STEP, "dopri5"):
-        raise ValueError(f"method: expected 'heun', 'rk4' or 'dopri5', got {method!r}")
+    known_methods = (*_FIXED_STEP, "multistep", "dopri5")
+    if not isinstance(method, str) or method not in known_methods:
+        raise ValueError(
+            f"method: expected 'heun', 'rk4', 'multistep' or 'dopri5', got {method!r}"
+        )
     x_T = as_double(x_T, "x_T")
     # Times stay on the CPU, so that no step waits for the device.
     times = as_grid(times, "times")
@@ -91,6 +112,8 @@ def integrate(
             states = _adaptive(
                 flow, x_T, times, finite_float(rtol, "rtol", positive=True)
             )
+        elif method == "multistep":
+            states = _multistep(flow, x_T, times, known)
         else:
             states = _fixed_step(flow, x_T, times, _FIXED_STEP[method], known)
         require_finite(
@@ -126,6 +149,48 @@ def _fixed_step(
 
     for t, s in pairwise(times.unbind()):
         states.append(STEPS[method](velocity, states[-1], t, s))
+    return torch.stack(states)
+
+
+def _multistep(
+    flow: _Flow, x: Tensor, times: Tensor, known: dict[int, Tensor]
+) -> Tensor:
+    """The same by one evaluation a time; see the module."""
+    process, n = flow.process, len(times)
+    alpha, sigma = process.alpha(times).numpy(), process.sigma(times).numpy()
+    with np.errstate(divide="ignore"):
+        level = np.log(alpha) - np.log(sigma)
+    # Without signal lambda is infinite, and what is seen there no part of a polynomial.
+    first = 0 if np.isfinite(level[0]) else 1
+    states = [x]
+
+    def step(k: int, values: list[int]) -> Tensor:
+        """From time k to the next, with D through its values at some times."""
+        half = (level[k + 1] - level[k]) / 2
+        at = level[k] + half * (1 + _QUADRATURE[0])
+        weight = half * _QUADRATURE[1] * np.exp(at) * sigma[k + 1]
+        y = sigma[k + 1] / sigma[k] * states[k]
+        for i in values:
+            others = [level[j] for j in values if j != i]
+            basis = np.prod([(at - o) / (level[i] - o) for o in others], axis=0)
+            y = y + float((weight * basis).sum()) * known[i]
+        return y
+
+    for k in range(n - 1):
+        if k not in known:
+            known[k] = flow.denoise(states[k], times[k])
+        if not k:
+            t, s = times[0], times[1]
+            slope = flow.velocity_from(known[0], x, t)
+            there = x + (s - t) * slope
+            known[1] = flow.denoise(there, s)
+            mean = (slope + flow.velocity_from(known[1], there, s)) / 2
+            states.append(x + (s - t) * mean)
+            continue
+        behind = list(range(max(first, k - _VALUES + 1), k + 1))
+        states.append(step(k, behind))
+        known[k + 1] = flow.denoise(states[k + 1], times[k + 1])
+        states[k + 1] = step(k, [*behind[1 - _VALUES :], k + 1])
     return torch.stack(states)
 
 

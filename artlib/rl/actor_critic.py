@@ -246,6 +246,9 @@ class ActorCritic:
     ) -> Iterator[TrainingRecord]:
         """Train, yielding a record after every iteration.
 
+        The training is done by the loop that takes the records; without a loop use
+        `fit`. Records that are dropped before the first one warn.
+
         Args:
             iterations: How many in all; step sizes decay to 0 at the last.
             checkpoint: A file. If it exists, training continues from it, bit for bit;
@@ -269,7 +272,37 @@ class ActorCritic:
         if checkpoint is not None and os.path.exists(checkpoint):
             self.load(checkpoint)
         self._loop.iterations = same_length(self._loop.iterations, iterations)
-        return self._train(checkpoint, every, progress)
+        return _Records(self._train(checkpoint, every, progress))
+
+    def fit(
+        self,
+        iterations: int = 2000,
+        *,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int = 200,
+        progress: bool = False,
+    ) -> TrainingRecord | None:
+        """Train at once; the arguments are those of `train`.
+
+        Args:
+            iterations: How many in all; step sizes decay to 0 at the last.
+            checkpoint: A file to continue from, and to write to.
+            every: Iterations between checkpoints.
+            progress: Whether to show a progress bar (on stderr).
+
+        Returns:
+            The last record; None if a checkpoint had them all.
+
+        Raises:
+            CheckpointError: If the file is damaged or belongs to another problem.
+            TrainingError: If a value becomes NaN; the last checkpoint is kept.
+            ValueError: As `train`.
+        """
+        last = None
+        options: dict[str, Any] = {"checkpoint": checkpoint, "every": every}
+        for record in self.train(iterations, progress=progress, **options):
+            last = record
+        return last
 
     def _train(
         self, checkpoint: str | os.PathLike[str] | None, every: int, progress: bool
@@ -335,9 +368,15 @@ class ActorCritic:
                 With the hard constraint the two are the same.
 
         Raises:
-            TrainingError: If the mean clock is not strictly monotone.
+            TrainingError: If the mean clock is not strictly monotone, or nothing was
+                trained.
             ValueError: If ``close`` is neither.
         """
+        if not self.iteration:
+            raise TrainingError(
+                "distill: nothing was trained yet; run `for record in "
+                "trainer.train(...)`, or trainer.fit(...), or load a checkpoint"
+            )
         clocks = self.clocks()  # costs evaluations, with the model in the loop
         notes = {
             "iterations": self.iteration,
@@ -387,6 +426,34 @@ class ActorCritic:
             "nfe": self.environment.nfe,
             "problem": fingerprint(self.table, asdict(self.options)),
         }
+
+
+class _Records(Iterator[TrainingRecord]):
+    """The records of a training, which warn if nobody asks for the first one."""
+
+    def __init__(self, records: Iterator[TrainingRecord]) -> None:
+        self._records = records
+        self._asked = False
+
+    def __next__(self) -> TrainingRecord:
+        self._asked = True
+        return next(self._records)
+
+    def close(self) -> None:
+        """Stop before the end; what was trained stays."""
+        self._asked = True
+        close = getattr(self._records, "close", None)
+        if close is not None:
+            close()
+
+    def __del__(self) -> None:
+        if not self._asked:
+            warnings.warn(
+                "train: nothing was trained, for no record was taken; write `for "
+                "record in trainer.train(...)`, or call trainer.fit(...)",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 def mean_schedule(

@@ -192,7 +192,7 @@ class Plan:
                 "which takes a hook on the network; pass network=pipe.unet (or "
                 "pipe.transformer)"
             )
-        to_diffusers(self._grid_only(), scheduler, self.steps, device=device)
+        to_diffusers(self.with_honest_levels(), scheduler, self.steps, device=device)
         if self.is_honest:
             return None
         try:
@@ -201,7 +201,7 @@ class Plan:
             release(scheduler)
             raise
 
-    def _grid_only(self) -> Plan:
+    def with_honest_levels(self) -> Plan:
         """The plan without its told levels, which gives its grid to who asks."""
         nodes = self.nodes
         return Plan(self.process, nodes, nodes[:-1], self.solver, self.name)

@@ -1,0 +1,283 @@
+r"""A schedule for one solver, chosen among a few densities by the error that arrives.
+
+A density :math:`|Q_p|^{1/(p+1)}` is optimal for the sum of local errors as K grows.
+At 5 to 20 steps three things stand between that sum and what is left at the end: what
+of an error arrives, whether errors at different times add up or cancel, and that steps
+of such a length are not short. No one density is the best for all of it, and which is
+can be told for little: a run of K steps is K evaluations. So
+
+1. reference paths by one evaluation a time give |Q| and, for multistep solvers, the
+   local error at long steps (`artlib.control.on_path`) without another evaluation;
+2. the adjoint along the paths says what of it arrives, by a gradient a time;
+3. candidates are :math:`|Q|^{1/2}` and :math:`|Q|^{2/3}` (on a Gaussian of one variance
+   l the latter is the optimum of Euler's method: there :math:`|Q| \propto (l +
+   t^2)^{-3/2}`, and the Jacobian to the end goes as :math:`(l + t^2)^{-1/2}`), the
+   solver's own error where it is made, what of it and of Euler's lies along the error
+   that arrives; and the formulas that need no model, of EDM, of log-SNR and the
+   arctan's, so that what is returned is not worse than those;
+4. all are run at one number of steps from noise that was **held out**, the best
+   `FINALISTS` of them at all numbers, and the geometric mean of the two best densities
+   too. The one is returned whose worst disadvantage to the best, over these numbers of
+   steps, is least, in rms times mean norm.
+
+All of this is ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .._common.precision import full_precision
+from ..flow.denoisers import CountNFE
+from ..flow.flow import ProbabilityFlow
+from ..flow.noise_coordinate import table_times
+from ..flow.reference_path import Trajectory
+from ..flow.rows import in_batches
+from ..schedules.constructors import edm, kl_optimal, log_snr
+from ..schedules.schedule import Schedule, describe_origin
+from ..solvers.solver import SOLVERS, Solver, SolverLike, solver_of
+from .arriving_error import arriving, dual_gains_at_nodes
+from .matched import Noise
+from .on_path import path_errors
+from .solver_error import SolverErrors, at_times, measure, step_of
+from .stiffness import StiffnessTable
+
+POINTS = 40
+"""Times of the reference paths, evenly spaced in the log noise level."""
+
+FINALISTS = 4
+"""Candidates that are run at all numbers of steps."""
+
+JUDGES = 32
+"""Held-out paths at most."""
+
+EVALUATIONS = (5, 10, 20)
+"""Evaluations of the runs that judge, unless numbers of steps are given."""
+
+DUAL_STEPS = 20
+"""Steps of the run whose error gives the direction of the dual weight."""
+
+EXPONENTS = {"|Q|^(1/2)": 1 / 2, "|Q|^(2/3)": 2 / 3}
+"""Powers of |Q| that are candidates for every solver."""
+
+
+def steps_of(kind: Solver, evaluations: Sequence[int] = EVALUATIONS) -> tuple[int, ...]:
+    """Numbers of steps with about so many evaluations."""
+    each = kind.evaluations or 1
+    return tuple(sorted({max(2, -(-n // each)) for n in evaluations}))
+
+
+@full_precision()
+def judged_art(
+    flow: ProbabilityFlow,
+    x_T: Tensor,
+    *,
+    solver: SolverLike,
+    order: int | None = None,
+    steps: Sequence[int] | None = None,
+    points: int = POINTS,
+    method: str = "multistep",
+    batch: int | None = None,
+) -> Schedule:
+    """The schedule of the module.
+
+    Args:
+        flow: The flow.
+        x_T: States at t_max [N, *shape]. A third of them, at most `JUDGES`, is held
+            out; below 4 all both teach and judge.
+        solver: The solver.
+        order: p of a callable; None to measure it.
+        steps: Numbers of steps that it is judged at; None for those of `EVALUATIONS`.
+        points: Times of the reference paths.
+        method: Their integrator.
+        batch: Paths computed together; None for all.
+
+    Returns:
+        The best candidate, with all their disadvantages in its provenance.
+    """
+    kind, n = solver_of(solver), len(x_T)
+    step_of(solver, order)  # before anything is spent
+    counter = CountNFE(flow.denoiser)
+    counted = flow.with_denoiser(counter)
+    held = min(JUDGES, n // 3) if n > 3 else 0
+    cut = n - held
+    times = table_times(flow.process, points)
+
+    def paths(rows: slice) -> Iterator[tuple[ProbabilityFlow, Trajectory]]:
+        flow_of, x = counted.rows(rows, n), x_T[rows]
+        for part, (start,) in in_batches(flow_of, [x], batch, counter=counter):
+            yield part, part.trajectory(start, times, method=method)
+
+    learning = slice(0, cut)
+    judging = slice(cut, n) if held else learning
+    whole = batch is None or batch >= cut
+    known = list(paths(learning)) if whole else None
+    densities = _densities(
+        flow, lambda: paths(learning) if known is None else iter(known), kind, order
+    )
+    judges = paths(judging) if held or known is None else iter(known)
+    ends = torch.cat([_end(path) for _, path in judges])
+    x = x_T[judging].double()
+    noise = Noise(counted.rows(judging, n), x, ends, batch, counter)
+    numbers = steps_of(kind) if steps is None else tuple(sorted(set(steps)))
+    field = _Field(noise, solver, numbers)
+    densities |= _formulas(flow, densities)
+    for label, density in densities.items():
+        field.add(label, _schedule(flow, density))
+    field.choose()
+    one, two = field.ranked()[:2]
+    mixed = (densities[one] * densities[two]).sqrt()
+    field.add(f"mean of {one} and {two}", _schedule(flow, mixed))
+    field.choose()
+    best = field.ranked()[0]
+    notes = {
+        "method": "closed form, judged",
+        "solver": kind.name,
+        "steps": list(numbers),
+        "disadvantage": {k: round(v, 4) for k, v in field.disadvantages().items()},
+        "density": best,
+        "trajectories": cut,
+        "judges": len(ends),
+        "points": points,
+        "nfe": counter.nfe,
+    }
+    schedule = field.schedules[best]
+    origin = describe_origin("closed form, judged", notes)
+    return replace(schedule, name=f"ART ({kind.name})", _provenance=origin)
+
+
+def _densities(
+    flow: ProbabilityFlow,
+    paths: Callable[[], Iterator[tuple[ProbabilityFlow, Trajectory]]],
+    kind: Solver,
+    order: int | None,
+) -> dict[str, Tensor]:
+    """Candidate densities [FINE] by label, normalised to a mean of one."""
+    stiffness, local, found = [], [], order
+    for part, path in paths():
+        q = part.path_acceleration(path, forward=False)
+        stiffness.append(_norms(q))
+        errors = _errors(part, path, kind, found, q)
+        found = errors.order
+        local.append(at_times(part, errors.times, errors.norms(), path.times.cpu()))
+        times = path.times.cpu()
+    assert found is not None
+    table = StiffnessTable(flow.process, times, torch.cat(stiffness).cpu())
+    densities = {label: table.fine_mean**power for label, power in EXPONENTS.items()}
+    own = StiffnessTable(flow.process, times, torch.cat(local).cpu(), order=found)
+    if kind.name != "euler":
+        densities["own error"] = own.fine_mean ** (1 / (found + 1))
+    nodes = own.art().grid(DUAL_STEPS)
+    nodes[-1] = flow.process.t_min
+    try:
+        arrives: dict[str, list[Tensor]] = {"|Q|, dual": [], "own error, dual": []}
+        for part, path in paths():
+            q = part.path_acceleration(path, forward=False)
+            both = [
+                _errors(part, path, SOLVERS["euler"], None, q),
+                _errors(part, path, kind, found, q),
+            ]
+            step = kind if kind.step is None else kind.step
+            error = arriving(part, path, nodes, step)
+            gains = dual_gains_at_nodes(part, path, [e.vectors for e in both], error)
+            for rows, e, gain in zip(arrives.values(), both, gains, strict=True):
+                norms = e.norms().to(gain) * gain
+                rows.append(at_times(part, e.times, norms, times))
+    except RuntimeError as failure:
+        if not str(failure).startswith("weight:"):
+            raise
+    else:
+        for (label, rows), p in zip(arrives.items(), (1, found), strict=True):
+            values = torch.cat(rows).cpu()
+            dual = StiffnessTable(flow.process, times, values, order=p)
+            if label == "|Q|, dual" or kind.name != "euler":
+                densities[label] = dual.fine_mean ** (1 / (p + 1))
+    return {label: d / d.mean() for label, d in densities.items()}
+
+
+def _errors(
+    flow: ProbabilityFlow,
+    path: Trajectory,
+    kind: Solver,
+    order: int | None,
+    acceleration: Tensor,
+) -> SolverErrors:
+    """The solver's own error at all times of a path but the last."""
+    if kind.name == "euler":
+        vectors = acceleration[:-1] / 2
+        nothing = vectors.new_zeros(vectors.shape[:2])
+        return SolverErrors(path.times.cpu()[:-1], vectors, nothing, 1)
+    if kind.history and kind.evaluations == 1:
+        return path_errors(flow, path, kind)
+    return measure(flow, path, kind if kind.step is None else kind.step, order)
+
+
+def _norms(vectors: Tensor) -> Tensor:
+    return vectors.flatten(2).norm(dim=2).T.contiguous()
+
+
+def _end(path: Trajectory) -> Tensor:
+    """x_0 of reference paths, by Euler's step from the last time."""
+    return path.states[-1] - path.times[-1] * path.velocities[-1]
+
+
+def _schedule(flow: ProbabilityFlow, density: Tensor) -> Schedule:
+    times = table_times(flow.process, len(density))
+    return StiffnessTable(flow.process, times, density[None]).art(exponent=1.0)
+
+
+def _formulas(flow: ProbabilityFlow, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Densities that need no model, in the same form."""
+    p, count = flow.process, len(next(iter(like.values())))
+    times, found = table_times(p, count), {}
+    for schedule in (edm(p, pinned=False), log_snr(p, pinned=False), kl_optimal(p)):
+        density = 1 / schedule.speed(schedule.clock(times))
+        found[schedule.name] = density / density.mean()
+    return found
+
+
+class _Field:
+    """Candidates and their errors at several numbers of steps."""
+
+    def __init__(self, noise: Noise, solver: SolverLike, steps: Sequence[int]) -> None:
+        self.noise, self.solver, self.steps = noise, solver, steps
+        self.schedules: dict[str, Schedule] = {}
+        self._first = steps[len(steps) // 2]
+        self._scores: dict[str, dict[int, float]] = {}
+
+    def add(self, label: str, schedule: Schedule) -> None:
+        """Run a candidate at the middle number of steps."""
+        self.schedules[label], self._scores[label] = schedule, {}
+        self._run(label, self._first)
+
+    def _run(self, label: str, K: int) -> None:
+        if K not in self._scores[label]:
+            size = self.noise.size(self.schedules[label].grid(K), self.solver)
+            self._scores[label][K] = math.sqrt(size.rms * size.mean)
+
+    def choose(self) -> None:
+        """Run the best few, and the newest, at all numbers of steps."""
+        scores = self._scores
+        best = sorted(scores, key=lambda label: scores[label][self._first])
+        for label in {*best[:FINALISTS], list(scores)[-1]}:
+            for K in self.steps:
+                self._run(label, K)
+
+    def disadvantages(self) -> dict[str, float]:
+        """The largest ratio of its error to the least one there, by finalist."""
+        done = {k: v for k, v in self._scores.items() if len(v) == len(self.steps)}
+        least = {K: min(row[K] for row in done.values()) for K in self.steps}
+        return {
+            label: min(max(row[K] / max(least[K], 1e-300) for K in self.steps), 1e30)
+            for label, row in done.items()
+        }
+
+    def ranked(self) -> list[str]:
+        """Labels of the finalists, the best first."""
+        worst = self.disadvantages()
+        return sorted(worst, key=lambda label: worst[label])
