@@ -60,7 +60,7 @@ def glue(name: str, value: SupportsFloat | str, *, digits: int = 4) -> None:
             raise ValueError(f"glue({name!r}): expected a finite number, got {number}")
         stored = float(f"{number:.{digits}g}")
     GLUED[name] = stored
-    if _in_kernel():
+    if in_kernel():
         try:
             from myst_nb import glue as record
         except ImportError:  # Colab: the chapter runs, nothing quotes its numbers
@@ -70,7 +70,7 @@ def glue(name: str, value: SupportsFloat | str, *, digits: int = 4) -> None:
 
 def show(figure: Figure) -> None:
     """Display a figure once, as a PNG, and close it; no effect outside Jupyter."""
-    if _in_kernel():
+    if in_kernel():
         from IPython.display import Image, display
 
         buffer = io.BytesIO()
@@ -84,7 +84,7 @@ def show(figure: Figure) -> None:
         pyplot.close(figure)
 
 
-def _in_kernel() -> bool:
+def in_kernel() -> bool:
     """Whether this process is a Jupyter kernel (IPython alone does not count)."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
