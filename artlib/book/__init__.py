@@ -14,7 +14,7 @@ functions here behave alike in all three, so that a chapter never asks where it 
   :func:`learned` for schedules, :func:`plan_table` for plans.
 """
 
-from .display import table
+from .display import SOLVER_NAMES, table
 from .plans import plan_table
 from .results import load_results, save_results, scratch
 from .surroundings import FIGURE_DPI, GLUED, device, full, glue, show
@@ -23,6 +23,7 @@ from .tables import Listed, comparison, learned
 __all__ = [
     "FIGURE_DPI",
     "GLUED",
+    "SOLVER_NAMES",
     "Listed",
     "comparison",
     "device",

@@ -16,6 +16,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -31,6 +32,21 @@ Row: TypeAlias = Sequence[Value] | Mapping[Any, Value]
 """Of a table: the values in the order of the columns, or by the name of the column."""
 
 Best: TypeAlias = Literal["least", "most"] | None
+
+SOLVER_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "euler": "Euler",
+        "heun": "Heun",
+        "rk4": "RK4",
+        "dpmpp_2m": "DPM-Solver++(2M)",
+        "unipc": "UniPC",
+        "unipc3": "UniPC-3",
+        "ipndm2": "iPNDM-2",
+        "ipndm3": "iPNDM-3",
+        "dopri5": "dopri5",
+    }
+)
+"""The solvers as the pages spell them, by the name that `artlib.sample` takes."""
 
 BEST, TIED = "*", "~"
 """Marks in text; on a page the numbers are bold, and what is tied has a sign."""

@@ -10,6 +10,8 @@ from typing import SupportsFloat
 import torch
 from matplotlib.figure import Figure
 
+from .progress import watch
+
 #: Resolution of the figures in the book; the page scales them down to its width.
 FIGURE_DPI = 160
 
@@ -29,7 +31,11 @@ def device() -> torch.device:
     it to ``cpu``, because the committed outputs were computed on one. On a GPU,
     TensorFloat-32 is switched off for convolutions, where torch allows it by default:
     its rounding, 1 in 1000, is larger than some errors that the chapters measure.
+
+    Every chapter begins with it; in a notebook that a person has open, cells that take
+    long have a bar from then on (`artlib.book.progress`).
     """
+    watch()
     default = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = torch.device(os.environ.get("ARTLIB_DEVICE") or default)
     if chosen.type == "cuda":
