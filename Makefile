@@ -10,11 +10,12 @@ PIP_ARGS ?=
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test lint notebooks status texts full zoo cifar bench clean
+.PHONY: help setup book pdf test lint notebooks status texts full zoo cifar bench clean
 
 help:
 	@echo "make setup                create $(VENV) and install everything (book and test do it)"
 	@echo "make book                 build the book from the stored outputs, print its start page"
+	@echo "make pdf                  the same as one PDF (needs Chromium)"
 	@echo "make test                 lint, types, book, unit tests, and every notebook re-executed"
 	@echo "make lint                 only ruff and mypy"
 	@echo "make notebooks            re-execute all chapters in place; CHAPTER=04 only that one"
@@ -41,6 +42,9 @@ book: $(INSTALLED)
 	@$(PY) tools/build_status.py --check
 	$(VENV)/bin/jupyter-book build . --all -W --keep-going --quiet
 	@echo "Start page: file://$(CURDIR)/_build/html/index.html"
+
+pdf: book
+	@$(PY) tools/build_pdf.py
 
 test: $(INSTALLED)
 	@$(PY) tools/run_tests.py

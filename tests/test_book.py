@@ -1,6 +1,7 @@
 """The book agrees with the library, and the files of the repository with each other."""
 
 import ast
+import builtins
 import re
 import subprocess
 import sys
@@ -154,6 +155,57 @@ def test_no_two_chapters_define_the_same_name() -> None:
                         f"{owner} and {path.stem} both define {node.name}: "
                         "it belongs to the library"
                     )
+
+
+# What a page shows is the story: no cell fills the screen, and none needs a name that
+# only a hidden cell defines, so that who copies the page's code can run it.
+LONGEST = 30
+HIDDEN = {"remove-cell", "remove-input"}
+# Chapter -> how many of its visible cells are longer; to be brought down to none.
+LONGER = {"10": 3, "11": 1, "12": 4, "13": 4, "15": 3, "16": 3}
+# Chapters whose visible cells still need what a hidden one defines.
+INCOMPLETE = {"10", "11", "12", "13", "15", "16"}
+
+
+def visible_cells(path: Path) -> list[Any]:
+    return [c for c in code_cells(path) if not HIDDEN & set(c.metadata.get("tags", []))]
+
+
+@chapters
+def test_visible_cells_are_short(path: Path) -> None:
+    lengths = [cell.source.count("\n") + 1 for cell in visible_cells(path)]
+    longer = [length for length in lengths if length > LONGEST]
+    allowed = LONGER.get(path.stem[:2], 0)
+    assert len(longer) <= allowed, f"cells of {longer} lines, {LONGEST} are the most"
+    assert len(longer) == allowed, f"only {len(longer)} are left: lower the exception"
+
+
+def defined(tree: ast.AST) -> set[str]:
+    """Names that a piece of code binds, wherever in it."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {(a.asname or a.name).split(".")[0] for a in node.names}
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            found.add(node.name)
+    return found
+
+
+@chapters
+def test_visible_code_needs_no_hidden_name(path: Path) -> None:
+    known, missing = {*dir(builtins), "display"}, set()
+    for cell in visible_cells(path):
+        tree = ast.parse(cell.source)
+        known |= defined(tree)
+        used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        missing |= used - known
+    assert bool(missing) == (path.stem[:2] in INCOMPLETE), missing
 
 
 def test_every_chapter_is_in_the_contents() -> None:

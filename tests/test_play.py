@@ -1,5 +1,6 @@
 """The page to play with: its numbers, computed in a browser, are artlib's."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,34 @@ def script(browser: Any) -> Any:
     return page
 
 
-def schedules(std: float, process: artlib.VE) -> dict[str, artlib.Schedule]:
+def schedules(std: float, process: artlib.VE) -> dict[str, Any]:
     target = artlib.Gaussian([0.0], [[std**2]])
     flow = artlib.ProbabilityFlow(process, target.denoiser(process))
     x_T = target.sample_prior(process, 1, seed=0).double()
+    art = artlib.art(flow, x_T, points=200)
     return {
-        "art": artlib.art(flow, x_T, points=200),
+        "art": art,
         "edm-unpinned": artlib.edm(process, pinned=False),
         "edm": artlib.edm(process),
         "log-snr-unpinned": artlib.log_snr(process, pinned=False),
         "kl-optimal": artlib.kl_optimal(process),
         "uniform": artlib.uniform(process),
+        "oracle": Arctan(std, process.t_max),
+        "told": art,
     }
+
+
+class Arctan:
+    """Equal steps of arctan(t / c), the best grid for Euler's method."""
+
+    def __init__(self, std: float, t_max: float) -> None:
+        self.std, self.t_max = std, t_max
+
+    def grid(self, K: int) -> torch.Tensor:
+        share = 1 - torch.arange(K + 1, dtype=torch.float64) / K
+        nodes = self.std * torch.tan(share * math.atan(self.t_max / self.std))
+        nodes[0], nodes[-1] = self.t_max, 0.0
+        return nodes
 
 
 @pytest.mark.parametrize(
@@ -61,13 +78,58 @@ def test_grids_and_errors_are_artlibs(
         for key, grid, errors in found:
             nodes = torch.tensor(grid, dtype=torch.float64)
             # artlib tabulates |Q| on 200 times, the page has its formula.
-            tolerance = 1e-3 if key == "art" else 1e-9
+            tolerance = 1e-3 if key in ("art", "told") else 1e-9
             torch.testing.assert_close(
                 nodes, expected[key].grid(K), rtol=tolerance, atol=0, msg=f"{key} {K}"
             )
             for solver, error in zip(SOLVERS, errors, strict=True):
                 exact = artlib.gaussian_w2(process, [std**2], nodes, solver=solver)
                 assert error == pytest.approx(float(exact), rel=1e-6, abs=1e-11)
+
+
+def test_told_levels_are_artlibs(script: Any) -> None:
+    process, std = artlib.VE(0.002, 80.0), 0.5
+    for K in (1, 2, 5, 16):
+        grid = artlib.edm(process, pinned=False).grid(K)
+        told, error = script.evaluate(
+            "([grid, c]) => [artPlay.levels(grid), artPlay.toldError(grid, c)]",
+            [grid.tolist(), std],
+        )
+        rho = grid[1:] / grid[:-1]
+        levels = grid[:-1] * torch.sqrt(1 - (1 - rho) / 2)
+        levels[-1] = grid[-2]
+        expected = levels.tolist()
+        assert told == pytest.approx(expected, rel=1e-12)
+        plan = artlib.Plan(process, grid, levels, "euler")
+        exact = float(artlib.gaussian_w2(process, [std**2], plan))
+        assert error == pytest.approx(exact, rel=1e-6, abs=1e-11)
+
+
+def test_oracle_is_the_best_grid_for_euler(script: Any) -> None:
+    process, std, K = artlib.VE(0.002, 80.0), 0.5, 5
+    best = artlib.gaussian_w2(
+        process, [std**2], artlib.oracle_grid(process, [std**2], K)
+    )
+    found = script.evaluate(
+        """([c, high, K]) => {
+            const oracle = artPlay.SCHEDULES.find(s => s.key === "oracle");
+            return artPlay.error(oracle.grid({ c, high, K }), c, "euler");
+        }""",
+        [std, process.t_max, K],
+    )
+    assert found == pytest.approx(float(best), rel=1e-5)
+
+
+def test_ties_are_called_ties(script: Any) -> None:
+    # With two steps EDM and DPM, unpinned, differ; with one all grids are the same.
+    marks = script.evaluate(
+        """() => artPlay.verdicts(
+            { c: 0.5, low: 0.002, high: 80, K: 1, solver: "euler" })
+            .map(r => [r.s.key, r.mark])"""
+    )
+    marked = dict(marks)
+    assert marked.pop("oracle") == ""
+    assert set(marked.values()) == {"tied"}
 
 
 def test_nfe_is_artlibs(script: Any) -> None:
@@ -92,12 +154,12 @@ def test_controls_change_what_is_shown(browser: Any) -> None:
         def ticks() -> int:
             return len(page.query_selector_all(".art-steps line[stroke]"))
 
-        assert len(table()) == 6
+        assert len(table()) == 8
         assert sum("(least)" in text for text in table().values()) == 1
         before, lines = table(), ticks()
         page.fill("#art-play [name=steps]", "16")
         assert page.inner_text("[data-of=steps]") == "16"
-        assert ticks() == lines + 6 * 8  # eight more nodes for each of six schedules
+        assert ticks() == lines + 8 * 8  # eight more nodes for each of eight rows
         assert table() != before
         page.select_option("#art-play [name=solver]", "heun")
         assert page.inner_text("[data-of=nfe]") == "31"
@@ -120,6 +182,20 @@ def test_controls_change_what_is_shown(browser: Any) -> None:
             })"""
         )
         assert outside == []
+        # The link carries the state; the values of the book come back.
+        link = page.get_attribute(".art-link", "href")
+        page.click(".art-reset")
+        state = page.evaluate("artPlay.state(document.getElementById('art-play'))")
+        expected = {"c": 0.5, "low": 0.002, "high": 80, "K": 8, "solver": "euler"}
+        for key, value in expected.items():
+            assert state[key] == (
+                value if isinstance(value, str) else pytest.approx(value, rel=1e-9)
+            )
+        page.evaluate(f"location.hash = {link!r}")
+        page.wait_for_function(
+            "artPlay.state(document.getElementById('art-play')).K === 16"
+        )
+        assert page.input_value("#art-play [name=solver]") == "heun"
         assert visit.faults == []
 
 

@@ -197,8 +197,10 @@ def test_status_page_lists_recorded_runtimes(
     monkeypatch.setattr("execute_notebooks.RUNTIMES", runtimes)
     monkeypatch.setattr("build_status.RUNTIMES", runtimes)
     assert page().endswith(NONE)
-    record({"01-b": 12.34})
-    record({"00-a": 5.0})
+    monkeypatch.setattr("execute_notebooks.CELLS", tmp_path / "cells.json")
+    record({"01-b": 12.34}, {})
+    record({"00-a": 5.0}, {"no such cell": 9.0})
+    assert json.loads((tmp_path / "cells.json").read_text())["results"] == {}
     rows = page().splitlines()[-2:]
     assert rows[0].startswith("| {doc}`../notebooks/00-a` | 5 |")
     assert rows[1].startswith("| {doc}`../notebooks/01-b` | 12 |")

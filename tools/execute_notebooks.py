@@ -21,6 +21,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from md2nb import METADATA
@@ -33,6 +34,8 @@ RUNTIMES = NOTEBOOKS / "results" / "runtimes.json"
 KEPT = ("tags", "mystnb")  # cell metadata that the authors write
 # No advice on encryption, no history: two kernels would share its file.
 QUIET = ["--log-level=ERROR", "--HistoryManager.enabled=False"]
+CELLS = NOTEBOOKS / "results" / "cell-seconds.json"  # artlib/book/progress.py reads it
+SLOW = 5.0  # seconds, from which on a cell is noted there
 CELL_TIMEOUT = 300  # seconds; the same limit as nbval's in the Makefile
 
 
@@ -52,8 +55,23 @@ def select(names: list[str]) -> list[Path]:
     return paths
 
 
-def execute(path: Path) -> float:
-    """Run one notebook in a fresh kernel, write it back, return the seconds it took."""
+def execute(path: Path) -> tuple[float, dict[str, float]]:
+    """Run one notebook in a fresh kernel and write it back.
+
+    Returns:
+        The seconds it took, and those of the cells that took longer than five, by id.
+    """
+    begun: dict[str, float] = {}
+    slow: dict[str, float] = {}
+
+    def on_start(cell: Any, cell_index: int) -> None:
+        begun[cell.id] = time.perf_counter()
+
+    def on_end(cell: Any, cell_index: int, execute_reply: Any) -> None:
+        took = time.perf_counter() - begun[cell.id]
+        if took > SLOW:
+            slow[cell.id] = round(took, 1)
+
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
@@ -63,6 +81,8 @@ def execute(path: Path) -> float:
         coalesce_streams=True,
         extra_arguments=QUIET,
         resources={"metadata": {"path": str(path.parent)}},
+        on_cell_execute=on_start,
+        on_cell_executed=on_end,
     )
     start = time.perf_counter()
     client.execute()
@@ -80,11 +100,11 @@ def execute(path: Path) -> float:
         temporary = path.with_suffix(".ipynb.new")
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
-    return seconds
+    return seconds, slow
 
 
-def record(seconds: dict[str, float]) -> None:
-    """Add runtimes to the file, keeping those of chapters not run now."""
+def record(seconds: dict[str, float], slow: dict[str, float]) -> None:
+    """Add runtimes to the files, keeping those of chapters not run now."""
     stored = {}
     if RUNTIMES.is_file():
         stored = json.loads(RUNTIMES.read_text(encoding="utf-8"))
@@ -94,6 +114,18 @@ def record(seconds: dict[str, float]) -> None:
         stored[name] = {"seconds": round(value, 1), "date": today, "machine": where}
     RUNTIMES.parent.mkdir(parents=True, exist_ok=True)
     RUNTIMES.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
+    known: dict[str, float] = {}
+    if CELLS.is_file():
+        known = json.loads(CELLS.read_text(encoding="utf-8"))["results"]
+    there = {
+        cell.id
+        for path in NOTEBOOKS.glob("*.ipynb")
+        for cell in nbformat.read(path, as_version=4).cells
+    }
+    cells = {key: took for key, took in (known | slow).items() if key in there}
+    made = {"date": today, "machine": where}
+    written = json.dumps({"made": made, "results": cells}, indent=1, sort_keys=True)
+    CELLS.write_text(written + "\n")
 
 
 def main() -> None:
@@ -107,19 +139,21 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     paths = select(arguments.chapters)
     seconds: dict[str, float] = {}
+    slow: dict[str, float] = {}
     failed: list[str] = []
     with ThreadPoolExecutor(max_workers=arguments.jobs) as pool:
         runs = {path.stem: pool.submit(execute, path) for path in paths}
         for name, run in runs.items():
             try:
-                seconds[name] = run.result()
+                seconds[name], cells = run.result()
+                slow |= cells
                 print(f"{name}: {seconds[name]:.1f} s", flush=True)
             except CellExecutionError as error:
                 failed.append(name)
                 text = re.sub(r"\x1b\[[\d;]*m", "", str(error))  # colours
                 print(f"{name}: FAILED\n{text}", file=sys.stderr, flush=True)
     if arguments.record_runtimes:
-        record(seconds)
+        record(seconds, slow)
     if failed:
         sys.exit(f"not executed, left as they were: {', '.join(failed)}")
 

@@ -5,7 +5,7 @@ plain Python (``make full CHAPTER=10``, usually on a GPU) and on Colab. The
 functions here behave alike in all three, so that a chapter never asks where it is.
 
 * :func:`glue` names a number, so that prose can quote it instead of copying it.
-* :func:`show` displays a figure exactly once.
+* :func:`show` displays a figure exactly once, :func:`table` a table of results.
 * :func:`full` and :func:`device` say how much to compute, and where.
 * :func:`save_results` and :func:`load_results` keep the tables of full runs in
   ``notebooks/results/NAME.json`` of the clone (``ARTLIB_RESULTS`` names another
@@ -14,6 +14,7 @@ functions here behave alike in all three, so that a chapter never asks where it 
   :func:`learned` for schedules, :func:`plan_table` for plans.
 """
 
+from .display import SOLVER_NAMES, table
 from .plans import plan_table
 from .results import load_results, save_results, scratch
 from .surroundings import FIGURE_DPI, GLUED, device, full, glue, show
@@ -22,6 +23,7 @@ from .tables import Listed, comparison, learned
 __all__ = [
     "FIGURE_DPI",
     "GLUED",
+    "SOLVER_NAMES",
     "Listed",
     "comparison",
     "device",
@@ -33,4 +35,5 @@ __all__ = [
     "save_results",
     "scratch",
     "show",
+    "table",
 ]

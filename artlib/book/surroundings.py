@@ -12,6 +12,8 @@ import PIL.Image
 import torch
 from matplotlib.figure import Figure
 
+from .progress import watch
+
 #: Resolution of the figures in the book; the page scales them down to its width.
 FIGURE_DPI = 160
 
@@ -35,7 +37,11 @@ def device() -> torch.device:
     it to ``cpu``, because the committed outputs were computed on one. On a GPU,
     TensorFloat-32 is switched off for convolutions, where torch allows it by default:
     its rounding, 1 in 1000, is larger than some errors that the chapters measure.
+
+    Every chapter begins with it; in a notebook that a person has open, cells that take
+    long have a bar from then on (`artlib.book.progress`).
     """
+    watch()
     default = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = torch.device(os.environ.get("ARTLIB_DEVICE") or default)
     if chosen.type == "cuda":
@@ -66,7 +72,7 @@ def glue(name: str, value: SupportsFloat | str, *, digits: int = 4) -> None:
             raise ValueError(f"glue({name!r}): expected a finite number, got {number}")
         stored = float(f"{number:.{digits}g}")
     GLUED[name] = stored
-    if _in_kernel():
+    if in_kernel():
         try:
             from myst_nb import glue as record
         except ImportError:  # Colab: the chapter runs, nothing quotes its numbers
@@ -76,7 +82,7 @@ def glue(name: str, value: SupportsFloat | str, *, digits: int = 4) -> None:
 
 def show(figure: Figure) -> None:
     """Display a figure once, as a PNG, and close it; no effect outside Jupyter."""
-    if _in_kernel():
+    if in_kernel():
         from IPython.display import Image, display
 
         display(Image(data=picture(figure), format="png"))
@@ -128,7 +134,7 @@ def _in_few_colours(drawn: PIL.Image.Image) -> PIL.Image.Image | None:
     return reduced
 
 
-def _in_kernel() -> bool:
+def in_kernel() -> bool:
     """Whether this process is a Jupyter kernel (IPython alone does not count)."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None

@@ -56,12 +56,22 @@ const artPlay = (() => {
         if (p.K === 1) return [p.high, 0];
         return [...linspace(0, 1, p.K).map(edm(p.low, p.high)), 0];
       } },
-    { key: "log-snr-unpinned", name: "log-SNR unpinned", color: "#2f81bd", dash: "9 3", grid: (p) =>
+    { key: "log-snr-unpinned", name: "DPM unpinned", color: "#2f81bd", dash: "9 3", grid: (p) =>
         unpinned((u) => p.high ** (1 - u) * p.low ** u, p.K) },
     { key: "kl-optimal", name: "KL-optimal", color: "#826300", dash: "8 3 2 3", grid: (p) =>
         unpinned((u) => Math.tan(u * Math.atan(p.low) + (1 - u) * Math.atan(p.high)), p.K) },
-    { key: "uniform", name: "uniform", color: "#6b675e", dash: "2 3", grid: (p) => linspace(p.high, 0, p.K + 1) },
+    { key: "uniform", name: "Uniform", color: "#6b675e", dash: "2 3", grid: (p) => linspace(p.high, 0, p.K + 1) },
+    // Equal steps of arctan(t / c): the least error there is with Euler's method.
+    { key: "oracle", name: "oracle (Euler)", color: "#2a2926", dash: "8 2", outside: true, grid: (p) =>
+        linspace(Math.atan(p.high / p.c), 0, p.K + 1).map((u, k) =>
+          k === 0 ? p.high : k === p.K ? 0 : p.c * Math.tan(u)) },
+    // ART's nodes, and the network is told s with s^2 = t^2 - t h / 2 instead of t.
+    { key: "told", name: "ART, told levels", color: "#a6397c", dash: "8 3 2 3", told: true, grid: (p) => unpinned(art(p.c, p.low, p.high), p.K) },
   ];
+
+  // The levels that the network is told at the nodes of a grid; the step to 0 is honest.
+  const levels = (grid) =>
+    grid.slice(0, -1).map((t, k) => (grid[k + 1] === 0 ? t : Math.sqrt(t * t - (t * (t - grid[k + 1])) / 2)));
 
   // What a solver multiplies x by, from the first node to 0. The flow is linear:
   // dx/dt = a(t) x with a = t / (c^2 + t^2), and D = x c^2 / (c^2 + t^2).
@@ -101,6 +111,22 @@ const artPlay = (() => {
   // W2 between N(0, output^2) and N(0, c^2), from the exact prior N(0, c^2 + high^2).
   const error = (grid, c, solver) =>
     Math.abs(Math.abs(factor(grid, c, solver)) * Math.hypot(c, grid[0]) - c);
+
+  // The same for Euler's method with told levels: x' = r x + (1 - r) D(x, s), r = t' / t.
+  const toldError = (grid, c) => {
+    let x = 1;
+    levels(grid).forEach((s, k) => {
+      const ratio = grid[k + 1] / grid[k];
+      x *= ratio + ((1 - ratio) * (c * c)) / (c * c + s * s);
+    });
+    return Math.abs(Math.abs(x) * Math.hypot(c, grid[0]) - c);
+  };
+
+  // Of one row of the table; NaN where the solver has no told levels here.
+  const rowError = (schedule, p) => {
+    if (!schedule.told) return error(schedule.grid(p), p.c, p.solver);
+    return p.solver === "euler" ? toldError(schedule.grid(p), p.c) : NaN;
+  };
 
   const nfe = (K, solver) => K * SOLVERS[solver] - (SOLVERS[solver] - 1);
 
@@ -161,15 +187,15 @@ const artPlay = (() => {
   const drawErrors = (svg, p) => {
     const width = Math.max(svg.clientWidth, 260);
     const height = 320;
-    const [left, right, top, bottom] = [58, width - 12, 10, height - 46];
+    const [left, right, top, bottom] = [76, width - 12, 10, height - 46];
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     svg.setAttribute("height", height);
     svg.replaceChildren();
     const most = 40;
     const counts = Array.from({ length: most }, (_, i) => i + 1);
-    const curves = SCHEDULES.map((s) => counts.map((K) => error(s.grid({ ...p, K }), p.c, p.solver) / p.c));
+    const curves = SCHEDULES.map((s) => counts.map((K) => rowError(s, { ...p, K }) / p.c));
     const floor = 1e-7;
-    const all = curves.flat().map((e) => Math.max(e, floor));
+    const all = curves.flat().filter(Number.isFinite).map((e) => Math.max(e, floor));
     const low = 10 ** Math.floor(Math.log10(Math.min(...all)));
     const high = 10 ** Math.ceil(Math.log10(Math.max(...all)));
     const x = (K) => left + (Math.log(nfe(K, p.solver)) / Math.log(nfe(most, p.solver))) * (right - left);
@@ -182,8 +208,11 @@ const artPlay = (() => {
       svg.append(make("text", { x: x(K), y: bottom + 18, "text-anchor": K === 40 ? "end" : "middle" }, String(nfe(K, p.solver))));
     }
     svg.append(make("text", { x: (left + right) / 2, y: bottom + 38, "text-anchor": "middle" }, "NFE (network evaluations)"));
+    const middle = (top + bottom) / 2;
+    svg.append(make("text", { x: 14, y: middle, "text-anchor": "middle", transform: `rotate(-90 14 ${middle})` }, "error W2 / c"));
     svg.append(make("line", { x1: x(p.K), x2: x(p.K), y1: top, y2: bottom, class: "art-here" }));
     curves.forEach((curve, i) => {
+      if (!curve.every(Number.isFinite)) return;
       const points = curve.map((e, k) => `${x(k + 1).toFixed(1)},${y(e).toFixed(1)}`).join(" ");
       const style = { points, fill: "none", stroke: SCHEDULES[i].color, "stroke-width": SCHEDULES[i].width ?? 1.8 };
       if (SCHEDULES[i].dash) style["stroke-dasharray"] = SCHEDULES[i].dash;
@@ -191,20 +220,30 @@ const artPlay = (() => {
     });
   };
 
+  // Best of the schedules, and what shows the same digits; the oracle takes no part.
+  const verdicts = (p) => {
+    const rows = SCHEDULES.map((s) => ({ s, e: rowError(s, p) }));
+    const rivals = rows.filter(({ s, e }) => !s.outside && Number.isFinite(e));
+    const best = digits(Math.min(...rivals.map((r) => r.e)));
+    const first = rivals.filter((r) => digits(r.e) === best);
+    const word = first.length > 1 ? "tied" : "least";
+    return rows.map((r) => ({ ...r, mark: first.includes(r) ? word : "" }));
+  };
+
   const drawTable = (body, p) => {
-    const rows = SCHEDULES.map((s) => ({ s, e: error(s.grid(p), p.c, p.solver) }));
-    const best = Math.min(...rows.map((r) => r.e));
-    body.replaceChildren(...rows.map(({ s, e }) => {
+    body.replaceChildren(...verdicts(p).map(({ s, e, mark }) => {
       const row = document.createElement("tr");
       row.dataset.schedule = s.key;
-      if (e === best) row.className = "art-best";
-      const name = document.createElement("td");
-      const mark = make("svg", { class: "art-mark", width: 40, height: 14 });
+      if (mark) row.className = "art-best";
+      const name = document.createElement("th");
+      name.scope = "row";
+      const sign = make("svg", { class: "art-mark", width: 40, height: 14, "aria-hidden": "true" });
       const line = { x1: 4, x2: 36, y1: 7, y2: 7, stroke: s.color, "stroke-width": s.width ?? 1.8 };
       if (s.dash) line["stroke-dasharray"] = s.dash;
-      mark.append(make("line", line));
-      name.append(mark, s.name + (e === best ? " (least)" : ""));
-      const cells = [digits(e), `${digits((100 * e) / p.c)} %`].map((text) => {
+      sign.append(make("line", line));
+      name.append(sign, s.name + (mark ? ` (${mark})` : ""));
+      const texts = Number.isFinite(e) ? [digits(e), `${digits((100 * e) / p.c)} %`] : ["\u2013", "\u2013"];
+      const cells = texts.map((text) => {
         const cell = document.createElement("td");
         cell.textContent = text;
         return cell;
@@ -225,26 +264,70 @@ const artPlay = (() => {
     };
   };
 
+  // c, least and largest noise level, steps, solver: what a link carries.
+  const LOG = { c: "spread", low: "low", high: "high" };
+  const BOOK = { c: 0.5, low: 0.002, high: 80, K: 8, solver: "euler" };
+
+  const set = (root, wanted) => {
+    const input = (name) => root.querySelector(`[name=${name}]`);
+    for (const [key, name] of Object.entries(LOG)) {
+      if (wanted[key] > 0) input(name).value = String(Math.log10(wanted[key]));
+    }
+    if (wanted.K >= 1) input("steps").value = String(Math.round(wanted.K));
+    if (wanted.solver in SOLVERS) input("solver").value = wanted.solver;
+  };
+
+  const toHash = (p) =>
+    `#c=${Number(p.c.toPrecision(6))}&low=${Number(p.low.toPrecision(6))}&high=${Number(p.high.toPrecision(6))}&K=${p.K}&solver=${p.solver}`;
+
+  const fromHash = (hash) => {
+    const found = new URLSearchParams(hash.replace(/^#/, ""));
+    const wanted = { solver: found.get("solver") };
+    for (const key of ["c", "low", "high", "K"]) wanted[key] = Number(found.get(key));
+    return wanted;
+  };
+
   const update = (root) => {
     const p = state(root);
     const shown = { spread: digits(p.c), low: digits(p.low), high: digits(p.high), steps: String(p.K) };
-    for (const [name, text] of Object.entries(shown)) root.querySelector(`[data-of=${name}]`).textContent = text;
+    for (const [name, text] of Object.entries(shown)) {
+      root.querySelector(`[data-of=${name}]`).textContent = text;
+      root.querySelector(`[name=${name}]`).setAttribute("aria-valuetext", text);
+    }
     root.querySelector("[data-of=nfe]").textContent = String(nfe(p.K, p.solver));
-    drawSteps(root.querySelector(".art-steps"), p);
-    drawErrors(root.querySelector(".art-errors"), p);
+    const [steps, errors] = [root.querySelector(".art-steps"), root.querySelector(".art-errors")];
+    drawSteps(steps, p);
+    drawErrors(errors, p);
     drawTable(root.querySelector("tbody"), p);
+    const best = verdicts(p).filter((r) => r.mark).map((r) => `${r.s.name}, ${digits(r.e)}`);
+    const said = `with ${p.K} steps the least error has ${best.join(" and ")}`;
+    steps.setAttribute("aria-label", `Where ${p.K} steps fall, a row of ticks per schedule on a logarithmic axis of noise levels`);
+    errors.setAttribute("aria-label", `Error of each schedule against network evaluations, on two logarithmic axes; ${said}`);
+    const link = root.querySelector(".art-link");
+    link.href = toHash(p);
   };
 
   const start = () => {
     const root = document.getElementById("art-play");
     if (!root) return;
     root.hidden = false;
+    set(root, { ...BOOK });
+    if (location.hash.includes("=")) set(root, fromHash(location.hash));
     root.addEventListener("input", () => update(root));
+    addEventListener("hashchange", () => {
+      if (!location.hash.includes("=")) return;
+      set(root, fromHash(location.hash));
+      update(root);
+    });
+    root.querySelector(".art-reset").addEventListener("click", () => {
+      set(root, { ...BOOK });
+      update(root);
+    });
     new ResizeObserver(() => update(root)).observe(root);
     update(root);
   };
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
   else start();
 
-  return { SCHEDULES, SOLVERS, error, nfe, state };
+  return { SCHEDULES, SOLVERS, error, levels, nfe, state, toldError, verdicts };
 })();
