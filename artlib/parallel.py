@@ -65,7 +65,7 @@ class ParallelFlow(ProbabilityFlow):
             self._gather_columns(own.velocities, n),
         )
 
-    def path_stiffness(self, path: Trajectory) -> Tensor:
+    def path_stiffness(self, path: Trajectory, *, forward: bool = True) -> Tensor:
         n = path.states.shape[1]
         rows = self._rows(n, path.states.device)
         own = Trajectory(
@@ -75,14 +75,14 @@ class ParallelFlow(ProbabilityFlow):
             path.velocities[:, rows],
         )
         part = self.rows(rows, n)
-        values = ProbabilityFlow.path_stiffness(part, own)
+        values = ProbabilityFlow.path_stiffness(part, own, forward=forward)
         # Forward mode may work on the rows of one process and not on another's.
         differs = torch.tensor(
             [self.acceleration_method == "difference"], device=self.accelerator.device
         )
         if bool(self.accelerator.gather(differs).any()) and not bool(differs):
             self._derivative.method = "difference"
-            values = ProbabilityFlow.path_stiffness(part, own)
+            values = ProbabilityFlow.path_stiffness(part, own, forward=forward)
         return self._gather(values, n)
 
     def _rows(self, n: int, device: torch.device) -> Tensor:

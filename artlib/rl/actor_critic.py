@@ -320,7 +320,8 @@ class ActorCritic:
                 bar.update()
                 message = self._watch.message(record, self.options.batch, last)
                 if message:
-                    warnings.warn(message, DivergenceWarning, stacklevel=2)
+                    # Past the iterator that this generator is handed out in.
+                    warnings.warn(message, DivergenceWarning, stacklevel=3)
                 yield record
 
     def clocks(self, x_T: Tensor | None = None) -> Tensor:
@@ -372,6 +373,7 @@ class ActorCritic:
                 trained.
             ValueError: If ``close`` is neither.
         """
+        _check_close(close)
         if not self.iteration:
             raise TrainingError(
                 "distill: nothing was trained yet; run `for record in "
@@ -456,6 +458,12 @@ class _Records(Iterator[TrainingRecord]):
             )
 
 
+def _check_close(close: Any) -> None:
+    """Refuse another way to close a clock than there are."""
+    if not isinstance(close, str) or close not in get_args(Close):
+        raise ValueError(f"close: expected one of {get_args(Close)}, got {close!r}")
+
+
 def mean_schedule(
     process: Process, clocks: Tensor, close: Close, notes: dict[str, Any]
 ) -> Schedule:
@@ -473,8 +481,7 @@ def mean_schedule(
         TrainingError: If the mean clock is not strictly monotone.
         ValueError: If there is no such way to close a clock.
     """
-    if not isinstance(close, str) or close not in get_args(Close):
-        raise ValueError(f"close: expected one of {get_args(Close)}, got {close!r}")
+    _check_close(close)
     times = clocks.mean(0)
     left_open = float(times[-1]) > process.t_min * (1 + 1e-9)
     if close == "normalise" and left_open:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -286,7 +286,7 @@ class GuidedDenoiser(Denoiser):
         super().__init__(network, process, convert)
         self._guide = guide
 
-    def rows(self, index: Rows) -> Self:
+    def rows(self, index: Rows) -> GuidedDenoiser:
         """The denoiser of some of the samples, for a batch that is worked on in parts.
 
         Args:
