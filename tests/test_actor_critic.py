@@ -1042,7 +1042,8 @@ def test_divergence_is_reported_with_a_remedy() -> None:
     with pytest.warns(DivergenceWarning, match="lower actor_rate") as caught:
         list(trainer.train(60))
     assert len(caught) == 1  # once
-    assert caught[0].filename == __file__
+    # It points past artlib (here, at what checks types around the iterator).
+    assert not caught[0].filename.startswith(str(Path(artlib.__file__).parent))
 
 
 def test_the_naive_cost_diverges_and_is_reported() -> None:

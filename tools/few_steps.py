@@ -15,10 +15,12 @@ exact denoiser that no rule here was made on.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,13 @@ class Table:
         return str(nfe) in self.data["cells"].get(row, {})
 
 
+def plan_of(
+    schedule: Callable[[str], artlib.Schedule], solver: str, K: int
+) -> artlib.Plan:
+    """A schedule, made only where its cell is missing, as a plan of K steps."""
+    return artlib.Plan.honest(schedule(solver), K, solver=solver)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("flow")
@@ -146,11 +155,7 @@ def main() -> None:
             for nfe in args.nfe:
                 if (K := steps(solver, nfe)) > 1:
                     run(
-                        f"{label}, {solver}",
-                        nfe,
-                        lambda s=schedule, v=solver, n=K: artlib.Plan.honest(
-                            s(v), n, solver=v
-                        ),
+                        f"{label}, {solver}", nfe, partial(plan_of, schedule, solver, K)
                     )
     left = [n for n in args.nfe if not table.has("tuned", n)]
     if left and time.monotonic() < limit:
@@ -167,7 +172,7 @@ def main() -> None:
             else max(limit - time.monotonic(), 1),
         )
         for nfe, plan in zip(left, plans, strict=True):
-            run("tuned", nfe, lambda p=plan: p)
+            run("tuned", nfe, partial(copy.copy, plan))
     cells = table.data["cells"]
     print(f"{args.flow}: rms / median error x 1000")
     for row, columns in cells.items():

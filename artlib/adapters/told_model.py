@@ -25,6 +25,8 @@ from ..solvers.solver import solver_of
 from .k_diffusion import to_k_diffusion
 from .levels import Coordinate, noise_levels, own_coordinate
 
+__all__ = ["ToldModel", "told"]
+
 _NEAR = 1e-4
 """Relative distance from a node within which a sigma is that node's."""
 

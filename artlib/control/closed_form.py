@@ -243,7 +243,7 @@ def art(
             method="multistep" if method is None else method,
             batch=None if batch is None else positive_int(batch, "batch"),
         )
-    own: Weight = "local" if weight == "auto" else weight
+    own: Any = "local" if automatic else weight
     check_weight(own)
     if solver is None and own == "local":
         if order is not None:
@@ -278,7 +278,7 @@ def art(
     return replace(schedule, name=f"{schedule.name} ({kind})")
 
 
-def _numbers(steps: int | Sequence[int]) -> tuple[int, ...]:
+def _numbers(steps: Any) -> tuple[int, ...]:
     """Numbers of steps, checked."""
     several = steps if isinstance(steps, Sequence) else [steps]
     numbers = tuple(sorted({positive_int(K, "steps", minimum=2) for K in several}))
