@@ -247,13 +247,14 @@ def test_a_schedule_is_learned_in_a_full_run_and_read_afterwards(monkeypatch):
 
     def few(flow, x_T, **options):
         calls.append(options)
-        return artlib.art(flow, x_T[:2], points=9, **options)
+        return artlib.art(flow, x_T[:2], **(options | {"points": 9}))
 
     monkeypatch.setattr("artlib.book.tables.art", few)
     with monkeypatch.context() as patch:
         patch.setenv("ARTLIB_FULL", "1")
         made = book.learned("ch99-schedule", net, solver="heun")
-    assert calls == [{"solver": "heun"}]
+    # Rule and table are named: what is stored does not follow the defaults.
+    assert calls == [{"solver": "heun", "weight": "local", "points": 64}]
     assert book.learned("ch99-schedule", net, solver="heun") == made
     assert len(calls) == 1
     # Of another network, noise or solver it would be another.

@@ -406,7 +406,11 @@ def test_interrupted_training_is_kept(
 def test_a_signal_leaves_status_130(here: Path) -> None:
     command = [sys.executable, "-m", "artlib.cli", "learn", "stream_module:Slow"]
     with subprocess.Popen(
-        [*command, "-o", "s.json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*command, "-o", "s.json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # What a shell starts in the background ignores the signal, and so its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None

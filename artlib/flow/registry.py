@@ -16,7 +16,7 @@ _STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class UnknownProcessError(ValueError):
-    """A file is of a process that this session does not know."""
+    """A file is of a process that this program does not know."""
 
 
 def register_process(cls: type[P]) -> type[P]:
