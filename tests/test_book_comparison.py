@@ -178,28 +178,6 @@ def test_a_full_run_goes_on_and_keeps_only_what_is_asked(monkeypatch, tmp_path):
     assert not partial.exists()
 
 
-def test_a_table_of_before_is_compared_with_the_part_that_it_holds(monkeypatch):
-    whole = full_run(monkeypatch, flow_of(1.0))
-    flow, noises = flow_of(1.0), [noise(4, 0)]
-    part = artlib.compare(
-        flow,
-        {"EDM": artlib.edm(PROCESS), "KL-optimal": artlib.kl_optimal(PROCESS)},
-        noises,
-        {"euler": [2]},
-        ends=artlib.references(flow, noises),
-    )
-    file = results_file()
-    stored = json.loads(file.read_text())
-    tables = {"table": whole.to_dict(), "part": part.to_dict()}
-    for table in tables.values():
-        del table["samples"]
-    file.write_text(json.dumps(stored | {"results": tables}))
-    assert run(flow).cells == whole.cells
-    change(("part", "cells", "euler 2", "KL-optimal", "error", 0), by=1.05)
-    with pytest.raises(AssertionError, match="KL-optimal, euler 2: the error is"):
-        run(flow)
-
-
 def test_without_results_the_message_says_how_to_make_them():
     with pytest.raises(FileNotFoundError, match="run the chapter at full size first"):
         run(flow_of(1.0))

@@ -770,6 +770,12 @@ def test_a_verdict_is_that_of_the_worse_measure():
     assert table.verdict("euler", 5, "far", "EDM", measures=["median"]) == "ahead"
     assert table.verdict("euler", 5, "far", "EDM", measures=["error"]) == "behind"
     assert table.verdict("euler", 5, "far", "EDM") == "behind"
+    # Of several rivals the worst.
+    assert table.verdict("euler", 5, "half", ["EDM", "even"]) == "ahead"
+    assert table.verdict("euler", 5, "EDM", ["even", "half"]) == "behind"
+    assert table.verdict("euler", 5, "half", ["EDM", "half"]) == "open"
+    with pytest.raises(ValueError, match="other: expected at least one"):
+        table.verdict("euler", 5, "half", [])
     for bad in ("median", ()):
         with pytest.raises(ValueError, match="measures"):
             table.verdict("euler", 5, "half", "EDM", measures=bad)

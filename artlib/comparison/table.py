@@ -222,25 +222,27 @@ class Comparison:
         solver: str,
         K: int,
         label: str,
-        other: str | Cell,
+        other: str | Cell | list[str],
         *,
         measures: Sequence[str] = ("error", "median"),
         level: float = 0.95,
         resamples: int = 2000,
         seed: int = 0,
     ) -> Verdict:
-        """Whether one cell has a smaller error than another, by the worse measure.
+        """Whether one cell has a smaller error than others, by the worse measure.
 
         By one measure it is ``"ahead"`` if the interval of `ratio` lies below 1,
         ``"behind"`` if it lies above, and else ``"open"``. Root mean square and median
         may disagree: the few samples that end far from their reference make the one
-        and not the other. The verdict is the worse.
+        and not the other. The verdict is the worse, and of several rivals the worst: to
+        be ahead is to be ahead of each.
 
         Args:
             solver: Which solver.
             K: Number of steps.
             label: Which schedule.
-            other: The schedule to compare it with, or ``(solver, K, label)``.
+            other: The schedule to compare it with, or ``(solver, K, label)``; or a list
+                of schedules.
             measures: Those that it has to be ahead in.
             level: Share of the draws inside of the intervals.
             resamples: How often the samples are drawn again.
@@ -255,17 +257,21 @@ class Comparison:
                 'measures: expected names such as ("error", "median"), got '
                 f"{got(measures)}"
             )
+        rivals: Sequence[str | Cell] = other if isinstance(other, list) else [other]
+        if not rivals:
+            raise ValueError("other: expected at least one schedule, got []")
         found = [
             self.ratio(
                 solver,
                 K,
                 label,
-                other,
+                rival,
                 measure=measure,
                 level=level,
                 resamples=resamples,
                 seed=seed,
             )
+            for rival in rivals
             for measure in measures
         ]
         if any(ratio.low > 1 for ratio in found):
