@@ -128,7 +128,7 @@ def tune(
 
     Args:
         flow: The flow.
-        x_T: States at ``t_max`` [N, *shape]; 64 to 128 are enough for most networks.
+        x_T: States at ``t_max`` [N, *shape]; chapter 16 takes 96.
         nfe: Evaluations of a run, at least 2; or several numbers, which share the
             reference and the schedules.
         solvers: Solvers to try.

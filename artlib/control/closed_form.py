@@ -181,7 +181,7 @@ def art(
     Args:
         flow: The flow.
         x_T: States at ``t_max`` [N, *shape]. With a ``solver`` alone a third of them,
-            at most 32, judges: with 96 paths the choice is hardly one of luck.
+            at most 32, judges, which do not see a tail of one path in a hundred.
         average: See `StiffnessTable.art`; ``"paper"`` with a ``solver`` implies
             ``weight="local"``.
         solver: The solver to match; None for |Q| itself.
@@ -197,7 +197,7 @@ def art(
             of solver, weight, points and method, |Q| is that of `THRIFTY_POINTS` times
             by ``"multistep"``, with the difference along the path in place of forward
             mode: a tenth of the evaluations of `stiffness_table`, and a schedule whose
-            cost is within 1 % of that of its own.
+            cost was within 1 % of that of its own on problems with exact denoisers.
         probes: See `error_table`.
         seed: See `error_table`.
         batch: Trajectories computed together, which bounds the memory; by default all.

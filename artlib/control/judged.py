@@ -14,7 +14,7 @@ can be told for little: a run of K steps is K evaluations. So
    t^2)^{-3/2}`, and the Jacobian to the end goes as :math:`(l + t^2)^{-1/2}`), the
    solver's own error where it is made, what of it and of Euler's lies along the error
    that arrives; and the formulas that need no model, of EDM, of log-SNR and the
-   arctan's, so that what is returned is not worse than those;
+   arctan's;
 4. all are run at one number of steps from noise that was **held out**, the best
    `FINALISTS` of them at all numbers, and the geometric mean of the two best densities
    too. The one is returned whose worst disadvantage to the best, over these numbers of
