@@ -699,21 +699,21 @@ def test_a_killed_run_continues_bit_for_bit(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
     straight = small(**options)
-    expected = list(straight.train(24))
+    expected = list(straight.train(12))
     file = tmp_path / "run.safetensors"
     killed = small(**options)
-    for record in killed.train(24, checkpoint=file, every=6):
-        if record.iteration == 15:
+    for record in killed.train(12, checkpoint=file, every=3):
+        if record.iteration == 8:
             break
     again = small(**options)
-    records = list(again.train(24, checkpoint=file, every=6))
-    assert records == expected[12:]
+    records = list(again.train(12, checkpoint=file, every=3))
+    assert records == expected[6:]
     assert same(state(again), state(straight))
     assert again.multiplier == straight.multiplier
     assert torch.equal(again.distill().grid(18), straight.distill().grid(18))
     # A finished run is loaded, and there is nothing left to do.
     finished = small(**options)
-    assert list(finished.train(24, checkpoint=file)) == []
+    assert list(finished.train(12, checkpoint=file)) == []
     assert same(state(finished), state(straight))
 
 

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -851,12 +852,21 @@ def test_a_table_from_before_there_were_errors_of_samples_still_loads():
         table.interval("heun", 3, "EDM")
 
 
-def test_draws_do_not_depend_on_how_many_are_held_at_a_time(monkeypatch):
-    errors = np.exp(np.random.default_rng(7).normal(size=(2, 30)))
-    expected = _bootstrap.resample(errors, "median", resamples=50, seed=1)
-    monkeypatch.setattr(_bootstrap, "_NUMBERS", 7 * errors.size)
-    found = _bootstrap.resample(errors, "median", resamples=50, seed=1)
-    assert np.array_equal(found, expected)
+@pytest.mark.parametrize("held", [2**21, 7 * 31])
+@pytest.mark.parametrize("measure", ["error", "median"])
+@pytest.mark.parametrize("worst", [4.0, math.inf])
+def test_draws_are_those_of_the_definition(monkeypatch, held, measure, worst):
+    """Each draw takes n rows, the same of every cell; blocks of rows change nothing."""
+    errors = np.exp(np.random.default_rng(7).normal(size=(2, 31)))
+    errors[1, 3] = worst
+    rows = np.random.default_rng(1).integers(31, size=(50, 31))
+    expected = _bootstrap.statistic(errors[:, rows], measure)
+    monkeypatch.setattr(_bootstrap, "_NUMBERS", held)
+    _bootstrap._of_one_cell.cache_clear()
+    found = _bootstrap.resample(errors, measure, resamples=50, seed=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-14)
+    again = _bootstrap.resample(errors[::-1], measure, resamples=50, seed=1)
+    np.testing.assert_array_equal(again, found[::-1])
 
 
 def test_intervals_refused():

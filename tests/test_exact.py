@@ -280,8 +280,9 @@ def test_oracle_of_a_spectrum_is_the_same_grid_from_every_seed(solver: str) -> N
         torch.testing.assert_close(other, first, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
-@pytest.mark.parametrize("K", [2, 5, 8])
+@pytest.mark.parametrize(
+    ("solver", "K"), [("euler", 2), ("euler", 8), ("heun", 2), ("heun", 5)]
+)
 def test_nothing_beats_the_oracle(solver: str, K: int) -> None:
     grid = oracle(K, solver)
     least = w2(NARROW, grid, solver)
@@ -312,7 +313,7 @@ def test_nothing_beats_the_oracle(solver: str, K: int) -> None:
     assert min(w2(NARROW, rival, solver) for rival in rivals) > least * (1 - 1e-9)
 
 
-@pytest.mark.parametrize(("solver", "K"), [("euler", 5), ("heun", 5)])
+@pytest.mark.parametrize(("solver", "K"), [("euler", 4), ("heun", 3)])
 def test_oracle_does_not_depend_on_the_seed(solver: str, K: int) -> None:
     grids = [oracle(K, solver, seed) for seed in (0, 1)]
     first, second = (w2(NARROW, grid, solver) for grid in grids)

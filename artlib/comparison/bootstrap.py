@@ -9,6 +9,8 @@ samples for both**: what is hard for both cancels in their ratio.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -76,17 +78,61 @@ def resample(
     Raises:
         ValueError: If there are fewer than two samples, or an argument is out of range.
     """
-    cells, n = errors.shape
+    n = errors.shape[-1]
     if n < 2:
         raise ValueError("samples: expected at least 2 to draw from, got 1")
     resamples = positive_int(resamples, "resamples")
-    rng = np.random.default_rng(positive_int(seed, "seed", 0))
-    found = np.empty((cells, resamples))
-    block = max(1, _NUMBERS // (cells * n))
+    seed = positive_int(seed, "seed", 0)
+    # Tables ask for the same cell again and again, beside one rival and another.
+    rows = [np.ascontiguousarray(row, dtype=np.float64).tobytes() for row in errors]
+    return np.stack([_of_one_cell(row, measure, resamples, seed) for row in rows])
+
+
+@functools.lru_cache(maxsize=512)
+def _of_one_cell(row: bytes, measure: str, resamples: int, seed: int) -> np.ndarray:
+    """The statistic on samples drawn again [resamples], by how often each is drawn."""
+    errors = np.frombuffer(row)
+    n = len(errors)
+    statistic(errors, measure)  # refuses what the errors do not determine
+    order = np.argsort(errors, kind="stable")
+    found = []
+    for times in _drawn(n, resamples, seed):
+        if measure == "error":
+            squares = np.square(errors)
+            if np.isfinite(squares).all():
+                total = squares @ times
+            else:  # an infinite error counts in the draws that hold it
+                weighted = squares[:, None] * np.maximum(times, 1)
+                total = np.where(times > 0, weighted, 0).sum(axis=0)
+            found.append(np.sqrt(total / n))
+        else:
+            passed = np.cumsum(times[order], axis=0) > (n - 1) // 2
+            found.append(errors[order][passed.argmax(axis=0)])
+    draws = np.concatenate(found)
+    draws.flags.writeable = False
+    return draws
+
+
+def _drawn(n: int, resamples: int, seed: int) -> Iterable[np.ndarray]:
+    """How often each of n samples is in each draw of n [n, block], in blocks."""
+    if resamples * n <= _NUMBERS:
+        return _drawn_at_once(n, resamples, seed)
+    return _draw(n, resamples, seed)
+
+
+@functools.lru_cache(maxsize=2)
+def _drawn_at_once(n: int, resamples: int, seed: int) -> tuple[np.ndarray, ...]:
+    return tuple(_draw(n, resamples, seed))
+
+
+def _draw(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    block = max(1, _NUMBERS // n)
     for start in range(0, resamples, block):
-        rows = rng.integers(n, size=(min(block, resamples - start), n))
-        found[:, start : start + len(rows)] = statistic(errors[:, rows], measure)
-    return found
+        size = min(block, resamples - start)
+        rows = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+        times = np.bincount(rows.ravel(), minlength=size * n)
+        yield times.reshape(size, n).T.astype(np.float64, order="C")
 
 
 def percentiles(value: float, draws: np.ndarray, level: float) -> Interval:
