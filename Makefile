@@ -22,6 +22,7 @@ help:
 	@echo "make texts                write the chapters as text, notebooks/text"
 	@echo "make status               the same, and write the runtimes on the build status page"
 	@echo "make full CHAPTER=10      a chapter at full size, as plain Python (use a GPU)"
+	@echo "make full CHAPTER=17 SECONDS=480  the same in slices: stops, and goes on when given again"
 	@echo "make zoo                  train the networks that are not fully trained yet (use a GPU)"
 	@echo "make cifar                fetch CIFAR-10 (139 MB), check it, keep it outside the repository"
 	@echo "make bench                ratios: sampling overhead, cost of the closed form and of Q"
@@ -64,7 +65,8 @@ status: $(INSTALLED)
 
 full: $(INSTALLED)
 	@test -n "$(CHAPTER)" || { echo "which chapter? make full CHAPTER=10" >&2; exit 1; }
-	ARTLIB_FULL=1 $(PY) tools/run_chapter.py $(CHAPTER)
+	ARTLIB_FULL=1 $(PY) tools/run_chapter.py $(CHAPTER) $(if $(SECONDS),--seconds $(SECONDS)) \
+		|| { test $$? -eq 75 && echo "the same command goes on"; }
 
 zoo: $(INSTALLED)
 	$(PY) -m artlib.zoo.train missing --out artlib/zoo/weights --checkpoints _build/zoo

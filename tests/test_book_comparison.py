@@ -11,7 +11,7 @@ import torch
 import artlib
 import artlib.zoo
 from artlib import book
-from artlib.book import results
+from artlib.book import surroundings
 
 PROCESS = artlib.VE(sigma_max=20.0)
 
@@ -169,7 +169,7 @@ def test_a_full_run_goes_on_and_keeps_only_what_is_asked(monkeypatch, tmp_path):
         full_run(monkeypatch, flow_of(1.0), measure=dies)
     partial = tmp_path / "_build" / "ch99-test.partial.json"
     assert "EDM" in json.loads(partial.read_text())["cells"]["euler 2"]
-    with pytest.raises(ValueError, match=r"partial\.json belongs to another"):
+    with pytest.raises(ValueError, match=r"references\.safetensors belongs to another"):
         full_run(monkeypatch, flow_of(1.1))
     only = full_run(
         monkeypatch, flow_of(1.0), schedules={"KL-optimal": both["KL-optimal"]}
@@ -200,21 +200,21 @@ def test_results_do_not_make_the_commit_look_changed(tmp_path, monkeypatch):
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "x"]):
         subprocess.run(["git", *command], cwd=repository, check=True)
     code = repository / "artlib" / "book" / "results.py"
-    monkeypatch.setattr(results, "__file__", str(code))
-    clean = results._commit()
+    monkeypatch.setattr(surroundings, "__file__", str(code))
+    clean = surroundings.commit()
     assert len(clean) == 12
     (repository / "notebooks/results/a.json").write_text("2")
-    assert results._commit() == clean
+    assert surroundings.commit() == clean
     code.write_text("2")
-    assert results._commit() == clean + "+"
+    assert surroundings.commit() == clean + "+"
     # A package installed into an environment inside this repository is not of it.
     inside = tmp_path / "venv" / "site-packages" / "artlib" / "book"
     inside.mkdir(parents=True)
-    monkeypatch.setattr(results, "__file__", str(inside / "results.py"))
+    monkeypatch.setattr(surroundings, "__file__", str(inside / "results.py"))
     monkeypatch.delenv("ARTLIB_COMMIT", raising=False)
-    assert results._commit() == "unknown"
+    assert surroundings.commit() == "unknown"
     monkeypatch.setenv("ARTLIB_COMMIT", "0123456789ab")
-    assert results._commit() == "0123456789ab"
+    assert surroundings.commit() == "0123456789ab"
 
 
 def test_a_schedule_is_learned_in_a_full_run_and_read_afterwards(monkeypatch):

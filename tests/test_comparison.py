@@ -22,9 +22,9 @@ from artlib.comparison.compare import (
     compare,
     nfe_ratio,
     nfe_to_quality,
-    references,
 )
 from artlib.comparison.file import Origin
+from artlib.comparison.references import references
 
 VARIANCES = torch.tensor([1.0, 0.3, 0.01])
 

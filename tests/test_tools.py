@@ -1,8 +1,10 @@
 """The programs behind the Makefile, and what chapters take from artlib.book."""
 
 import datetime
+import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -162,6 +164,70 @@ Record.__module__, __import__("os").path.basename(__import__("os").getcwd())
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"shown\n('__main__', {tmp_path.name!r})\n"
     assert done.stderr.startswith("small: 2 cells in ")
+
+
+SLICES = """
+# Two results
+
+```{code-cell}
+from artlib import book
+
+def make(value):
+    print("made", value)
+    return {"value": value}
+
+found = [book.made(f"number-{k}", lambda k=k: make(k), seed=0)["value"] for k in (1, 2)]
+```
+"""
+
+
+def test_a_chapter_in_slices_makes_each_result_once(tmp_path: Path) -> None:
+    """A slice without time stops; a result of this run is not made again."""
+    path = tmp_path / "sliced.ipynb"
+    nbformat.write(to_notebook(SLICES), path)
+    tool = tmp_path / "tools" / "run_chapter.py"
+    tool.parent.mkdir()
+    tool.write_text((ROOT / "tools" / "run_chapter.py").read_text())
+    environment = {
+        **os.environ,
+        "ARTLIB_FULL": "1",
+        "ARTLIB_RESULTS": str(tmp_path / "results"),
+        "PYTHONPATH": str(ROOT),
+        "ARTLIB_COMMIT": "0123456789ab",
+    }
+
+    def run(seconds: float) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, tool, path, "--seconds", str(seconds)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    first = run(0.01)
+    assert (first.returncode, first.stdout) == (75, "")
+    assert "sliced, cell 2 of 2: ARTLIB_SECONDS: 0.01 are over" in first.stderr
+    # As after a slice that had time for one of the two.
+    commit = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from artlib.book.surroundings import commit as c;print(c())",
+        ],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    ).stdout.strip()
+    digest = hashlib.sha256("\n".join(code_cells(path)).encode()).hexdigest()
+    stored = tmp_path / "results" / "number-1.json"
+    stored.parent.mkdir()
+    stored.write_text('{"made": {}, "results": {"value": 1}}')
+    known = tmp_path / "_build" / "sliced.run.json"
+    known.parent.mkdir()
+    known.write_text(json.dumps({"of": [commit, digest], "made": ["number-1"]}))
+    second = run(1000)
+    assert (second.returncode, second.stdout) == (0, "made 2\n")
+    assert not known.exists()
+    # What another run made is made again.
+    known.write_text(json.dumps({"of": ["another", digest], "made": ["number-1"]}))
+    assert run(1000).stdout == "made 1\nmade 2\n"
 
 
 def test_last_expression_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,3 +11,7 @@ class ExportError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the trainer is as it was before the failed iteration."""
+
+
+class PausedError(RuntimeError):
+    """The time given is over: what is done is in a file, and the same call goes on."""

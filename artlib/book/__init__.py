@@ -9,14 +9,15 @@ functions here behave alike in all three, so that a chapter never asks where it 
 * :func:`full` and :func:`device` say how much to compute, and where.
 * :func:`save_results` and :func:`load_results` keep the tables of full runs in
   ``notebooks/results/NAME.json`` of the clone (``ARTLIB_RESULTS`` names another
-  folder), each with the circumstances it was made in;
+  folder), each with the circumstances it was made in; :func:`made` makes them in a
+  full run only, which may be one of many slices of time (`artlib.book.slices`);
   :func:`comparison` does that for tables of schedules, and checks a part, and
   :func:`learned` for schedules, :func:`plan_table` for plans.
 """
 
 from .display import SOLVER_NAMES, table
 from .plans import plan_table
-from .results import load_results, save_results, scratch
+from .results import load_results, made, save_results, scratch
 from .surroundings import FIGURE_DPI, GLUED, device, full, glue, show
 from .tables import Listed, comparison, learned
 
@@ -31,6 +32,7 @@ __all__ = [
     "glue",
     "learned",
     "load_results",
+    "made",
     "plan_table",
     "save_results",
     "scratch",

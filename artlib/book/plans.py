@@ -11,15 +11,16 @@ import numpy as np
 from torch import Tensor
 
 from ..comparison.bootstrap import statistic
-from ..comparison.compare import references
 from ..comparison.file import Origin
+from ..comparison.references import references
 from ..comparison.table import Comparison
 from ..flow.flow import ProbabilityFlow
 from ..schedules.plan import Plan
 from ..solvers.sample import sample
 from .results import load_results, save_results
+from .slices import is_made, seconds_left
 from .surroundings import full
-from .tables import describe, origin_of
+from .tables import describe, origin_json
 
 Plans: TypeAlias = Mapping[str, Mapping[int, Plan]]
 """Label -> evaluations -> plan."""
@@ -64,7 +65,9 @@ def plan_table(
         AssertionError: If the code of today gives other numbers than the stored ones.
         FileNotFoundError: If there are no results yet.
     """
-    if full():
+    fresh_run = full() and not is_made(name)
+    if fresh_run:
+        seconds_left()
         plans = {label: dict(row) for label, row in make().items()}
         x = noise(count, seed)
         ends = references(flow, [x], rtol=1e-6)[0]
@@ -80,7 +83,7 @@ def plan_table(
                 for label, row in plans.items()
             },
             "samples": samples,
-            "origin": origin_of(flow, [x]),
+            "origin": origin_json(flow, [x]),
         }
         results["sha256"] = _digest(results)
         save_results(name, results, seed=seed)
@@ -91,13 +94,13 @@ def plan_table(
         for label, row in results["plans"].items()
     }
     table = _table(results["samples"])
-    if not full():
+    if not fresh_run:
         print(describe(stored["made"], table.count, 1))
         assert results["sha256"] == _digest(results), (
             f"{name}: a stored number was changed by hand; {_AGAIN}"
         )
         x = noise(table.count, seed)
-        now, then = Origin(**origin_of(flow, [x])), Origin(**results["origin"])
+        now, then = Origin(**origin_json(flow, [x])), Origin(**results["origin"])
         other = now.difference(then)
         assert other is None, f"{name}: {other} differed in the full run; {_AGAIN}"
         ends = references(flow, [x[:few]], rtol=1e-6)[0]

@@ -7,7 +7,7 @@ import datetime
 import json
 import os
 import platform
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 
 from .._common.files import write_bytes
 from .._common.version import __version__
-from .surroundings import device, full
+from .slices import is_made, remember, seconds_left
+from .surroundings import commit, device, full
 
 
 def save_results(name: str, results: dict[str, Any], *, seed: int) -> Path:
@@ -31,7 +32,7 @@ def save_results(name: str, results: dict[str, Any], *, seed: int) -> Path:
         "seed": seed,
         "full": full(),
         "device": torch.cuda.get_device_name(chosen) if cuda else platform.machine(),
-        "commit": _commit(),
+        "commit": commit(),
         "versions": {
             "python": platform.python_version(),
             "artlib": __version__,
@@ -42,7 +43,28 @@ def save_results(name: str, results: dict[str, Any], *, seed: int) -> Path:
     path = _results_dir() / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, f"{text}\n".encode())
+    if full():
+        remember(name)
     return path
+
+
+def made(name: str, make: Callable[[], dict[str, Any]], *, seed: int) -> dict[str, Any]:
+    """The results of a long computation: made in a full run, read otherwise.
+
+    Args:
+        name: Of the results.
+        make: Computes them, JSON-able.
+        seed: To be told in the file.
+
+    Raises:
+        FileNotFoundError: If there are no results yet.
+        PausedError: If the time of a full run, ``ARTLIB_SECONDS`` from its start, is
+            over; what is made is kept, and the next run goes on.
+    """
+    if full() and not is_made(name):
+        seconds_left()
+        save_results(name, make(), seed=seed)
+    return load_results(name)["results"]
 
 
 def load_results(name: str) -> dict[str, Any]:
@@ -103,31 +125,3 @@ def _results_dir() -> Path:
         "current folder: run the chapter inside a clone of the book's repository, or "
         "name the folder of the results in the environment variable ARTLIB_RESULTS"
     )
-
-
-def _commit() -> str:
-    """The commit the code stands at, with ``+`` if tracked files differ from it.
-
-    Results are not counted: a run that writes two files would mark the second. A
-    package that was installed may lie in another project's repository, whose commit
-    says nothing of it.
-    """
-    home = Path(__file__).resolve().parent.parent.parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments],
-            cwd=home,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != home:
-            return os.environ.get("ARTLIB_COMMIT", "unknown")
-        commit = git("rev-parse", "--short=12", "HEAD")
-        changes = git("status", "--porcelain", "-uno", "--", ":!notebooks/results")
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("ARTLIB_COMMIT", "unknown")
-    return commit + ("+" if changes else "")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import SupportsFloat
 
 import numpy as np
@@ -28,6 +30,34 @@ GLUED: dict[str, float | int | str] = {}
 def full() -> bool:
     """Whether this is a full-size run (``ARTLIB_FULL=1`` in the environment)."""
     return os.environ.get("ARTLIB_FULL", "") not in ("", "0")
+
+
+def commit() -> str:
+    """The commit the code stands at, with ``+`` if tracked files differ from it.
+
+    Results are not counted: a run that writes two files would mark the second. A
+    package that was installed may lie in another project's repository, whose commit
+    says nothing of it.
+    """
+    home = Path(__file__).resolve().parent.parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments],
+            cwd=home,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != home:
+            return os.environ.get("ARTLIB_COMMIT", "unknown")
+        commit = git("rev-parse", "--short=12", "HEAD")
+        changes = git("status", "--porcelain", "-uno", "--", ":!notebooks/results")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("ARTLIB_COMMIT", "unknown")
+    return commit + ("+" if changes else "")
 
 
 def device() -> torch.device:

@@ -19,13 +19,13 @@ from ..comparison.compare import (
     HasGrid,
     Measure,
     compare,
-    references,
 )
-from ..comparison.file import PROBED, Origin, grid_key, probe_grid
+from ..comparison.file import Origin, grid_key
+from ..comparison.references import origin_of, references
 from ..control.closed_form import art
 from ..flow.flow import ProbabilityFlow
 from ..schedules.constructors import Schedule
-from ..solvers.sample import sample
+from .slices import is_made, seconds_left
 
 if TYPE_CHECKING:
     from ..zoo import ZooDenoiser
@@ -63,11 +63,12 @@ def comparison(
     """A table of a full run, of which a part is computed again.
 
     With ``ARTLIB_FULL=1`` the whole table is computed (a stopped run goes on where it
-    stopped) and stored as ``notebooks/results/NAME.json``. Otherwise it is read, its
-    origin is printed, and it is checked: the errors of ``part`` from the first ``few``
-    noises of the first seed are computed anew, sample by sample; the numbers of every
-    cell must be those of its samples; the grids, the noise and the network must be
-    those that made it; and no number may have been changed by hand.
+    stopped, and one of limited time stops by itself) and stored as
+    ``notebooks/results/NAME.json``. Otherwise it is read, its origin is printed, and it
+    is checked: the errors of ``part`` from the first ``few`` noises of the first seed
+    are computed anew, sample by sample; the numbers of every cell must be those of its
+    samples; the grids, the noise and the network must be those that made it; and no
+    number may have been changed by hand.
 
     Args:
         name: Of the results.
@@ -90,21 +91,27 @@ def comparison(
             or they do not fit each other.
         FileNotFoundError: If there are no results yet.
         ValueError: If a stopped run was one of another flow or noise.
+        PausedError: If the time of a full run is over, see `made`.
     """
     from .. import book
 
     part = part or {}
-    if book.full():
+    if book.full() and not is_made(name):
         noises = [noise(count, seed) for seed in seeds]
         partial = book.scratch(f"{name}.partial.json")
+        kept = book.scratch(f"{name}.references.safetensors")
+        ends = references(
+            flow, noises, rtol=rtol, file=kept, seconds=seconds_left(), progress=True
+        )
         table = compare(
             flow,
             schedules,
             noises,
             budgets,
-            ends=references(flow, noises, rtol=rtol),
+            ends=ends,
             measure=measure,
             file=partial,
+            seconds=seconds_left(),
             progress=True,
         )
         table = _only(table, schedules, budgets)
@@ -117,6 +124,7 @@ def comparison(
         results["sha256"] = _digest(results)
         book.save_results(name, results, seed=seeds[0])
         partial.unlink()
+        kept.unlink()
         return table
     stored = book.load_results(name)
     results = stored["results"]
@@ -175,8 +183,9 @@ def learned(
     from .. import book
 
     flow, x_T = ProbabilityFlow(net.process, net), net.sample_prior(32, seed=seed)
-    now = {**asdict(_origin(flow, [x_T])), "solver": solver}
-    if book.full():
+    now = {**asdict(origin_of(flow, [x_T])), "solver": solver}
+    if book.full() and not is_made(name):
+        seconds_left()
         made_now = art(flow, x_T, solver=solver, weight="local", points=64)
         learned_now = json.loads(made_now.to_json())
         book.save_results(name, {"schedule": learned_now, "origin": now}, seed=seed)
@@ -227,15 +236,9 @@ def _measured(
     return compare(flow, schedules, [noise], part, ends=ends)
 
 
-def _origin(flow: ProbabilityFlow, noises: Sequence[Tensor]) -> Origin:
-    """What flow and noises are known by."""
-    probe = sample(flow, noises[0][:PROBED], probe_grid(flow.process))
-    return Origin.of(flow, noises, None, probe)
-
-
-def origin_of(flow: ProbabilityFlow, noises: Sequence[Tensor]) -> dict[str, Any]:
+def origin_json(flow: ProbabilityFlow, noises: Sequence[Tensor]) -> dict[str, Any]:
     """What flow and noises are known by, JSON-able."""
-    return json.loads(json.dumps(asdict(_origin(flow, noises))))
+    return json.loads(json.dumps(asdict(origin_of(flow, noises))))
 
 
 def _without(data: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -301,5 +304,5 @@ def _assert_origin(
                 f"{name}: {label}, {key}: the schedule was another in the full run; "
                 f"{_AGAIN}"
             )
-    other = _origin(flow, noises).difference(Origin(**_without(made, "cells")))
+    other = origin_of(flow, noises).difference(Origin(**_without(made, "cells")))
     assert other is None, f"{name}: {other} differed in the full run; {_AGAIN}"

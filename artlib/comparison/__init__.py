@@ -1,8 +1,10 @@
 """Tables of schedules against each other, with intervals over samples."""
 
+from .._common.errors import PausedError
 from .bootstrap import Interval
-from .compare import Budgets, ClockFor, Measure, baselines, compare, references
+from .compare import Budgets, ClockFor, Measure, baselines, compare
 from .quality import nfe_ratio, nfe_to_quality
+from .references import references
 from .table import Cell, Comparison, HasGrid, Verdict
 
 __all__ = [
@@ -13,6 +15,7 @@ __all__ = [
     "HasGrid",
     "Interval",
     "Measure",
+    "PausedError",
     "Verdict",
     "baselines",
     "compare",

@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .._common.checks import check_samples, finite_float, got, positive_int
+from .._common.checks import got, positive_int
 from .._common.files import check_output
 from .._common.precision import full_precision
 from ..flow.denoisers import CountNFE
@@ -40,6 +40,8 @@ from ..solvers.solver import SolverLike, solver_of
 from .bootstrap import Interval
 from .file import ComparisonFile, Origin, probe_grid
 from .quality import nfe_ratio, nfe_to_quality
+from .references import checked_noises
+from .slices import Slice
 from .table import Cell, Comparison, HasGrid, rounded
 
 __all__ = [
@@ -54,7 +56,6 @@ __all__ = [
     "compare",
     "nfe_ratio",
     "nfe_to_quality",
-    "references",
 ]
 
 Measure = Callable[[Tensor], Mapping[str, float]]
@@ -86,30 +87,6 @@ def baselines(process: Process) -> dict[str, Schedule]:
     }
 
 
-def references(
-    flow: ProbabilityFlow,
-    noises: Sequence[Tensor],
-    *,
-    rtol: float = 1e-5,
-    batch: int = 256,
-) -> list[Tensor]:
-    """Where the paths from each noise really lead, by dopri5.
-
-    Args:
-        flow: The flow.
-        noises: States at ``t_max``, one tensor [N, *shape] per seed.
-        rtol: Relative and absolute tolerance.
-        batch: Samples solved together (they share their steps).
-
-    Returns:
-        float64 tensors of the same shapes.
-    """
-    check_flow(flow)
-    tolerance = finite_float(rtol, "rtol", positive=True)
-    options: dict[str, Any] = {"rtol": tolerance, "atol": tolerance, "batch": batch}
-    return [sample(flow, x, solver="dopri5", **options) for x in _checked(noises)]
-
-
 @full_precision()
 def compare(
     flow: ProbabilityFlow,
@@ -121,6 +98,7 @@ def compare(
     measure: Measure | None = None,
     batch: int = 256,
     file: str | os.PathLike[str] | None = None,
+    seconds: float | None = None,
     progress: bool = False,
 ) -> Comparison:
     """Sample with every schedule, solver and budget from the same noise, and measure.
@@ -146,6 +124,8 @@ def compare(
             the file stays and is returned too. To tell, three steps from the first
             noise and ``measure`` of the references, with some noise added, are
             computed at the start. Not with a clock, which has no grid to know it by.
+        seconds: Stop after the cell in which so much time is over, if more are to be
+            done; with ``file``, from which the same call goes on.
         progress: Whether to show a progress bar (on stderr).
 
     Returns:
@@ -159,9 +139,11 @@ def compare(
             file belongs to another comparison: to another process, denoiser, noise or
             reference. If a clock meets a file, or a solver that takes none.
         TimeoutError: If another run does not let go of the file.
+        PausedError: If the seconds are over; what is done is in the file.
     """
     check_flow(flow)
-    noises = _checked(noises)
+    noises = checked_noises(noises)
+    slice_ = Slice(seconds, file)
     for name, given in (("schedules", schedules), ("budgets", budgets)):
         if not isinstance(given, Mapping):
             raise TypeError(
@@ -180,7 +162,7 @@ def compare(
             "or both"
         )
     if ends is not None:
-        ends = _checked(ends, "ends")
+        ends = checked_noises(ends, "ends")
     if ends is not None and [e.shape for e in ends] != [n.shape for n in noises]:
         raise ValueError(
             "ends: expected one tensor per seed, of the shape of its noise; make them "
@@ -210,7 +192,8 @@ def compare(
         if store is None
         or not store.holds(f"{solver} {K}", label, errors=ends is not None)
     ]
-    for solver, K, label in tqdm(todo, desc="compare", disable=not progress):
+    bar = tqdm(todo, desc="compare", disable=not progress)
+    for number, (solver, K, label) in enumerate(bar, start=1):
         times: dict[str, Any] = (
             {"clock": _made(clocks[label], label, K)}
             if label in clocks
@@ -239,6 +222,7 @@ def compare(
         key = f"{solver} {K}"
         if store is not None:
             store.add(key, label, evaluations, found, samples)
+            slice_.check(number, len(todo), "cells")
             continue
         if label in clocks:
             usual = nfe(torch.linspace(1, 0, K + 1), solver=solver)
@@ -256,17 +240,6 @@ _EXAMPLES = {
     "schedules": "{'EDM': artlib.edm(process)}",
     "budgets": "{'heun': [5, 10]}",
 }
-
-
-def _checked(noises: Any, name: str = "noises") -> list[Tensor]:
-    """Every seed's tensor checked, before anything is spent on the first."""
-    single = isinstance(noises, Tensor) and noises.ndim < 3
-    if single or not isinstance(noises, Iterable):
-        raise TypeError(
-            f"{name}: expected a list with a tensor [N, *shape] for each seed, got "
-            f"{got(noises)}; put a single one into brackets"
-        )
-    return [check_samples(x, f"{name}[{k}]") for k, x in enumerate(noises)]
 
 
 def _by_name(
