@@ -251,6 +251,8 @@ def test_install_replaces_only_what_is_its_own(tmp_path: Path) -> None:
     assert artlib.Schedule.load(target) == artlib.log_snr(VE)
     node = tmp_path / "__init__.py"
     own = node.read_bytes()
+    # What the copies of all versions begin with.
+    assert own.startswith(b'"""A node for ComfyUI: choose a schedule and a number of ')
     node.write_bytes(own.splitlines(keepends=True)[0] + b"# of another version")
     comfyui.install(artlib.log_snr(VE), tmp_path, "a")
     assert node.read_bytes() == own

@@ -109,14 +109,30 @@ def test_flow_matching_moves_the_states_too() -> None:
     torch.testing.assert_close(found, ours, rtol=1e-5, atol=2e-6)
 
 
+class EPS:
+    """The host's name for sigmas that are noise per signal."""
+
+    sigma_min, sigma_max = 0.002, 20.0
+
+
+class CONST:
+    """The host's name for flow matching."""
+
+    sigma_min, sigma_max = 0.001, 1.0
+
+
 class Patcher:
     """What of ComfyUI's MODEL the node uses."""
 
-    def __init__(self, apply: Any) -> None:
+    def __init__(self, apply: Any, sampling: type = EPS) -> None:
         self.apply, self.model_options = apply, {}
+        self.sampling = sampling
+
+    def get_model_object(self, name: str) -> Any:
+        return {"model_sampling": self.sampling()}[name]
 
     def clone(self) -> Patcher:
-        twin = Patcher(self.apply)
+        twin = Patcher(self.apply, self.sampling)
         twin.model_options = dict(self.model_options)
         return twin
 
@@ -155,3 +171,52 @@ def test_the_node_of_comfyui_gives_a_told_model(
     assert model.model_options["model_function_wrapper"] is earlier
     with pytest.raises(ValueError, match=r"plan: expected the name of a file"):
         comfyui_node.ARTPlan().get_model(model, "q.json")
+
+
+def test_plans_that_no_sampler_of_the_host_takes_are_refused(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its steps, its coordinate and its range of noise have to be the plan's."""
+    monkeypatch.setattr(comfyui_node.ARTPlan, "FOLDER", tmp_path)
+    level, flow = artlib.VE(sigma_max=20.0), artlib.RectifiedFlow()
+    on_flow = artlib.uniform(flow).grid(4)
+    low = plan_of(level, "euler")
+    small = torch.cat([low.nodes[:-2], torch.tensor([0.001], dtype=F64)])
+    low = artlib.Plan(level, low.nodes, small, "euler")
+    cases = [
+        (plan_of(level, "unipc"), EPS, r"no sampler of ComfyUI takes the steps of uni"),
+        (plan_of(artlib.VE(), "euler"), EPS, r"p.json visits sigmas from 80"),
+        (low, EPS, r"down to 0.001, and the model knows 0.002"),
+        (plan_of(level, "euler"), CONST, r"counts its sigmas as 'flow'"),
+        (
+            artlib.Plan(flow, on_flow, 0.9 * on_flow[:-1], "dpmpp_2m"),
+            CONST,
+            r"measures its steps in log\(sigma / alpha\)",
+        ),
+        (plan_of(level, "euler"), object, "not known what the sigmas"),
+    ]
+    for plan, sampling, message in cases:
+        plan.save(tmp_path / "p.json")
+        model = Patcher(lambda x, sigma: x, sampling)
+        with pytest.raises(artlib.ExportError, match=message):
+            comfyui_node.ARTPlan().get_model(model, "p.json")
+        assert model.model_options == {}
+    artlib.Plan(flow, on_flow, 0.9 * on_flow[:-1], "euler").save(tmp_path / "p.json")
+    comfyui_node.ARTPlan().get_model(Patcher(lambda x, s: x, CONST), "p.json")
+    with pytest.raises(TypeError, match="model: expected a MODEL"):
+        comfyui_node.ARTPlan().get_model(object(), "p.json")
+
+
+def test_multistep_in_flow_matching_is_refused() -> None:
+    """k-diffusion's dpmpp_2m weighs by log t there, the plan's by log t / (1 - t)."""
+    process = artlib.RectifiedFlow(t_max=0.99)
+    grid = artlib.uniform(process).grid(5)
+    problem = mixture_16d(process, 6)
+    flow = problem.flow()
+    ours = artlib.sample(flow, problem.x_T, grid, solver="dpmpp_2m")
+    found = k_dpmpp_2m(lambda x, s: flow.denoise(x, s[0]), problem.x_T, grid)
+    assert float((found - ours).norm() / ours.norm()) > 1e-3
+    plan = artlib.Plan(process, grid, 0.9 * grid[:-1], "dpmpp_2m")
+    with pytest.raises(artlib.ExportError, match=r"which in flow matching is not"):
+        adapters.told(plan, lambda x, s: x)
+    adapters.told(plan, lambda x, s: x, coordinate="level")

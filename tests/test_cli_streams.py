@@ -428,3 +428,45 @@ def test_help_says_what_the_status_means(capsys: Any) -> None:
     text = capsys.readouterr().out
     for status in ("0", "1", "2", "130", "141"):
         assert f"\n  {status} " in text
+
+
+def test_plans_are_shown_and_exported(
+    here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = artlib.VE(0.01, 30.0)
+    nodes = artlib.edm(process).grid(3)
+    plan = artlib.Plan(process, nodes, 0.9 * nodes[:-1], "dpmpp_2m", name="three")
+    plan.save("p.json")
+    plan.save_pretrained("folder")
+    texts = []
+    for name in ("p.json", "folder"):
+        assert main(["show", name]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    head, *rows = texts[0].splitlines()
+    assert head.startswith("three: ")
+    assert head.endswith(", dpmpp_2m, NFE 3, told levels")
+    told = [float(row.split()[4]) for row in rows[3:6]]
+    assert told == pytest.approx(plan.told.tolist(), rel=1e-5)
+    # Beside a schedule, in its process; and on standard input.
+    assert main(["show", "p.json", "edm", "--json"]) == 0
+    ours, formula = json.loads(capsys.readouterr().out)
+    assert ours["told"] == pytest.approx(plan.told.tolist())
+    assert ours["grids"][0]["times"] == nodes.tolist()
+    assert (ours["solver"], ours["nfe"]) == ("dpmpp_2m", 3)
+    assert formula["process"] == ours["process"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(plan.to_json()))
+    assert main(["show", "-"]) == 0
+    assert "told" in capsys.readouterr().out
+    # Told levels are for ComfyUI's node alone; honest nodes for all.
+    assert main(["export", "p.json", "--to", "comfyui", "-o", "node"]) == 0
+    assert artlib.Plan.load("node/p.json").to_json() == plan.to_json()
+    assert main(["export", "p.json", "--to", "text"]) == 2
+    assert "tells the network other levels" in capsys.readouterr().err
+    plan.with_honest_levels().save("honest.json")
+    assert main(["export", "honest.json", "--to", "text"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == pytest.approx(nodes.tolist())
+    assert main(["export", "honest.json", "--to", "text", "-K", "5"]) == 2
+    assert main(["show", "p.json", "--plot", "x.png"]) == 2
+    assert "it draws schedules" in capsys.readouterr().err

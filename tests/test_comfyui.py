@@ -214,6 +214,23 @@ def test_results_are_kept_until_something_changes(folder: Path) -> None:
     assert host.ran == 5
 
 
+def test_plans_and_schedules_have_lists_of_their_own(folder: Path) -> None:
+    schedule = artlib.kl_optimal(LATENT)
+    comfyui.install(artlib.Plan.honest(schedule, 4, solver="euler"), folder, "four")
+    kinds = Host(folder).kinds
+    assert kinds["ARTPlan"].INPUT_TYPES()["required"]["plan"] == (["four.json"],)
+    asked = kinds["ARTSigmas"].INPUT_TYPES()["required"]
+    assert asked["schedule"] == (["flow.json", "sd.json"],)
+    # A result is kept by the plan's content; by that of all where it is not known.
+    first = kinds["ARTPlan"].IS_CHANGED(model=None, plan="four.json")
+    linked = kinds["ARTPlan"].IS_CHANGED(model=None, plan=None)
+    assert first == kinds["ARTPlan"].IS_CHANGED(plan="four.json") != linked
+    assert kinds["ARTPlan"].IS_CHANGED(plan="sd.json") == "missing"
+    comfyui.install(artlib.Plan.honest(schedule, 5, solver="euler"), folder, "four")
+    assert kinds["ARTPlan"].IS_CHANGED(plan="four.json") != first
+    assert kinds["ARTPlan"].IS_CHANGED() != linked
+
+
 @pytest.mark.parametrize("prediction", [EPS, V_PREDICTION, CONST])
 def test_the_coordinate_is_the_models(folder: Path, prediction: type) -> None:
     host = Host(folder)

@@ -1,4 +1,4 @@
-"""Schedules in folders as models are shared: layout, card, and no network."""
+"""Schedules and plans in folders as models are shared: layout, card, no network."""
 
 import json
 import socket
@@ -92,7 +92,7 @@ def test_what_a_schedule_says_is_text_in_the_card(tmp_path: Path) -> None:
     schedule = artlib.Schedule.from_json(json.dumps(data))
     schedule.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    body = text.split("\n", 7)[7]
+    body = text.split("\n", 9)[9]
     body = body.split("# ", 1)[1].split("```", 1)[0]
     assert not any(char in body for char in "<>`[")
     assert "&#60;b&#62;n" in body
@@ -144,3 +144,68 @@ def test_a_failure_leaves_the_old_schedule(
     with pytest.raises(OSError, match="x"):
         fresh.save_pretrained(tmp_path)
     assert (tmp_path / FILE).read_bytes() == before
+
+
+PLAN_FILE = "artlib_plan.json"
+
+
+def told_plan() -> artlib.Plan:
+    nodes = artlib.edm(PROCESS).grid(4)
+    return artlib.Plan(PROCESS, nodes, 0.9 * nodes[:-1], "dpmpp_2m", name="four")
+
+
+def test_a_folder_gives_a_plan_back_to_the_bit(tmp_path: Path) -> None:
+    plan = told_plan()
+    plan.save_pretrained(tmp_path / "a" / "b")
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [
+        "README.md",
+        PLAN_FILE,
+    ]
+    for found in (
+        artlib.Plan.from_pretrained(tmp_path / "a" / "b"),
+        artlib.Plan.from_pretrained(str(tmp_path), subfolder="a/b"),
+        artlib.Plan.load(tmp_path / "a" / "b" / PLAN_FILE),
+    ):
+        assert found.to_json() == plan.to_json()
+    card = (tmp_path / "a" / "b" / "README.md").read_text()
+    for row in ("solver | dpmpp_2m |", "steps | 4 |", "evaluations | 4 |"):
+        assert f"| {row}" in card
+    row = next(r for r in card.splitlines() if r.startswith("| told |"))
+    told = json.loads(row.split("|")[2].replace("&#91;", "[").replace("&#93;", "]"))
+    assert told == pytest.approx(plan.told.tolist(), rel=1e-3)
+
+
+def test_a_schedule_and_a_plan_share_a_folder_and_its_card(tmp_path: Path) -> None:
+    schedule, plan = learned(), told_plan()
+    for first, second in ((schedule, plan), (plan, schedule)):
+        folder = tmp_path / type(first).__name__
+        first.save_pretrained(folder)
+        second.save_pretrained(folder)
+        assert artlib.Schedule.from_pretrained(folder) == schedule
+        assert artlib.Plan.from_pretrained(folder).to_json() == plan.to_json()
+        card = (folder / "README.md").read_text()
+        assert card.count("\n# ART\n") == card.count("\n# four\n") == 1
+        assert card.count("library_name") == 1
+        second.save_pretrained(folder)
+        assert (folder / "README.md").read_text() == card
+        (folder / FILE).unlink()
+        plan.save_pretrained(folder)  # what is gone is no more on the card
+        card = (folder / "README.md").read_text()
+        assert "# ART" not in card
+        assert "\n# four\n" in card
+    (folder / "README.md").write_text("# Mine\n")
+    plan.save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "# Mine\n"
+
+
+def test_plans_refused(tmp_path: Path) -> None:
+    learned().save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no artlib_plan"):
+        artlib.Plan.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="subfolder: expected a folder within"):
+        artlib.Plan.from_pretrained(tmp_path, subfolder="..")
+    with pytest.raises(TypeError, match="folder: expected a folder"):
+        told_plan().save_pretrained(3)  # type: ignore[arg-type]
+    (tmp_path / FILE).rename(tmp_path / PLAN_FILE)
+    with pytest.raises(artlib.ScheduleFormatError, match="no plan"):
+        artlib.Plan.from_pretrained(tmp_path)

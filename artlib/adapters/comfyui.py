@@ -1,7 +1,7 @@
-"""A folder for ComfyUI: a node, and the schedules that it offers.
+"""A folder for ComfyUI: two nodes, and the schedules and plans that they offer.
 
-The node itself is `artlib.adapters.comfyui_node`; `install` copies that file. Nothing
-of ComfyUI is imported, so it is tested without it.
+The nodes are `artlib.adapters.comfyui_node`; `install` copies that file. Nothing
+of ComfyUI is imported, so they are tested without it.
 """
 
 from __future__ import annotations
@@ -12,26 +12,34 @@ import os
 from pathlib import Path
 
 from .._common.files import check_output, write_bytes
-from ..schedules import Schedule
+from ..schedules.plan import Plan
+from ..schedules.schedule import Schedule
 from . import comfyui_node
-from .comfyui_node import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, ARTSigmas
+from .comfyui_node import (
+    NODE_CLASS_MAPPINGS,
+    NODE_DISPLAY_NAME_MAPPINGS,
+    ARTPlan,
+    ARTSigmas,
+)
 
 __all__ = [
     "NODE_CLASS_MAPPINGS",
     "NODE_DISPLAY_NAME_MAPPINGS",
+    "ARTPlan",
     "ARTSigmas",
     "install",
     "schedule_file",
 ]
 
 _NODE = Path(comfyui_node.__file__)
+_FORMATS = ("artlib-schedule", "artlib-plan")
 
 
 def schedule_file(folder: str | os.PathLike[str], name: str) -> Path:
-    """The file of a schedule in the node's folder.
+    """The file of a schedule or a plan in the nodes' folder.
 
     Args:
-        folder: The node's folder.
+        folder: The nodes' folder.
         name: With or without ``.json``.
 
     Raises:
@@ -44,25 +52,25 @@ def schedule_file(folder: str | os.PathLike[str], name: str) -> Path:
 
 
 def install(
-    schedule: Schedule,
+    schedule: Schedule | Plan,
     folder: str | os.PathLike[str],
     name: str,
     *,
     force: bool = False,
 ) -> Path:
-    """Write the node and a schedule into a folder; others in it stay.
+    """Write the nodes and a schedule or a plan into a folder; others in it stay.
 
-    A schedule of that name is replaced.
+    One of that name is replaced.
 
     Args:
-        schedule: The schedule.
+        schedule: The schedule, for any number of steps, or the plan.
         folder: For example ``ComfyUI/custom_nodes/artlib_node``; made if missing.
         name: The file's name in the node's list, with or without ``.json``.
         force: Replace also an ``__init__.py`` that is not this node, and a file of
-            that name that is no schedule.
+            that name that is neither schedule nor plan.
 
     Returns:
-        The path of the schedule's file.
+        The path of the file.
 
     Raises:
         FileExistsError: If something else is in the way; nothing is written then.
@@ -81,8 +89,8 @@ def install(
     if not force and target.is_file() and not _is_schedule(target):
         raise FileExistsError(
             errno.EEXIST,
-            "is no schedule; choose another name, or replace it with force=True "
-            "(--force on the command line)",
+            "is neither schedule nor plan; choose another name, or replace it with "
+            "force=True (--force on the command line)",
             os.fspath(target),
         )
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -103,4 +111,4 @@ def _is_schedule(file: Path) -> bool:
         data = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):
         return False
-    return isinstance(data, dict) and data.get("format") == "artlib-schedule"
+    return isinstance(data, dict) and data.get("format") in _FORMATS

@@ -1,14 +1,17 @@
 """A node for ComfyUI: choose a schedule and a number of steps, get SIGMAS.
 
-This file is the node. `artlib.adapters.comfyui.install` copies it into a folder of its
-own, as ``__init__.py`` beside the schedules it offers; that folder goes into ComfyUI's
+And one for plans, that gives a MODEL too. The file is both; its first line is what an
+installed copy is known by. `artlib.adapters.comfyui.install` copies it into a folder of
+its own, as ``__init__.py`` beside the files it offers; that folder goes into ComfyUI's
 ``custom_nodes``, and artlib is installed into ComfyUI's Python. In the graph, connect
 the node's SIGMAS to *SamplerCustom*, and to its ``model`` the MODEL that is sampled:
 then the coordinate is the model's, and a schedule that leaves its range is refused.
 
 Nothing of ComfyUI is imported. Of the MODEL only its ``model_sampling`` is looked at,
-which says by the names of its classes what the network predicts. (Models with a table
-of training steps are told the nearest one of a noise level, whatever the schedule.)
+which says by the names of its classes what the network predicts. Two things are
+ComfyUI's own, whatever the schedule: models with a table of training steps are told the
+one nearest to a noise level, and where they start from their highest level, sigma, it
+is with noise of size ``(1 + sigma**2) ** 0.5``.
 """
 
 from __future__ import annotations
@@ -17,13 +20,18 @@ import hashlib
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor, empty
+from torch import Tensor, cat, empty, zeros
 
 from artlib import ExportError, Plan, Schedule
 from artlib.adapters.k_diffusion import to_k_diffusion
 from artlib.adapters.told_model import told
 
-__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "ARTSigmas"]
+__all__ = [
+    "NODE_CLASS_MAPPINGS",
+    "NODE_DISPLAY_NAME_MAPPINGS",
+    "ARTPlan",
+    "ARTSigmas",
+]
 
 _STEPS = 10_000
 _GRID = 1_000_000
@@ -41,6 +49,9 @@ _COUNTED_IN = {
     "CONST": "flow",
 }
 """By the class that says what a model of ComfyUI predicts, what its sigmas are."""
+
+_SAMPLERS = ("euler", "heun", "dpmpp_2m")
+"""Solvers whose steps are those of ComfyUI's sampler of that name."""
 
 
 class ARTSigmas:
@@ -89,17 +100,11 @@ class ARTSigmas:
             The file's SHA-256, or that there is none; of all files where it is not
             known which one it will be.
         """
-        names = cls._names()
-        if schedule is None:
-            return " ".join(f"{name} {cls.IS_CHANGED(name)}" for name in names)
-        if schedule not in names:
-            return "missing"
-        return hashlib.sha256((cls.FOLDER / schedule).read_bytes()).hexdigest()
+        return _content(cls.FOLDER, cls._names(), schedule)
 
     @classmethod
     def _names(cls) -> list[str]:
-        found = (p for p in cls.FOLDER.glob("*.json") if p.is_file())
-        return sorted(path.name for path in found)
+        return _files(cls.FOLDER, plans=False)
 
     def get_sigmas(
         self,
@@ -155,8 +160,28 @@ class ARTSigmas:
         grid = Schedule.load(self.FOLDER / schedule)
         sigmas = to_k_diffusion(grid, steps, denoise=denoise, coordinate=kind)
         if model is not None:
-            _check_range(sigmas, model, schedule)
+            _check_range(sigmas, model, "schedule", schedule)
         return (sigmas,)
+
+
+def _files(folder: Path, *, plans: bool) -> list[str]:
+    """Names of the plans in a folder, or of all its other JSON files."""
+    found = sorted(path for path in folder.glob("*.json") if path.is_file())
+    return [path.name for path in found if _is_plan(path) == plans]
+
+
+def _is_plan(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return b'"artlib-plan"' in stream.read(200)
+
+
+def _content(folder: Path, names: list[str], chosen: str | None) -> str:
+    """What `IS_CHANGED` gives: the content of the chosen file, or of all of them."""
+    if chosen is None:
+        return " ".join(f"{name} {_content(folder, names, name)}" for name in names)
+    if chosen not in names:
+        return "missing"
+    return hashlib.sha256((folder / chosen).read_bytes()).hexdigest()
 
 
 def _sampling(model: Any) -> Any:
@@ -202,8 +227,14 @@ def _agreed(wanted: str | None, own: str) -> str:
     return own
 
 
-def _check_range(sigmas: Tensor, model: Any, schedule: str) -> None:
+def _check_range(sigmas: Tensor, model: Any, what: str, name: str) -> None:
     """Refuse noise that a model does not know (1e-4 for round-off).
+
+    Args:
+        sigmas: Descending, with the 0 at the end.
+        model: The MODEL.
+        what: What it is, "schedule" or "plan".
+        name: Of its file.
 
     Raises:
         ExportError: If the list leaves the model's range.
@@ -215,9 +246,9 @@ def _check_range(sigmas: Tensor, model: Any, schedule: str) -> None:
         low = 0.0  # told as it is; the table behind it has no part in that
     if first > high * (1 + 1e-4) or last < low * (1 - 1e-4):
         raise ExportError(
-            f"schedule: {schedule} visits sigmas from {first:.6g} down to {last:.6g}, "
-            f"and the model knows {low:.6g} to {high:.6g}; take a schedule that was "
-            "learned on this model, or on a process of its range"
+            f"{what}: {name} visits sigmas from {first:.6g} down to {last:.6g}, and "
+            f"the model knows {low:.6g} to {high:.6g}; take a {what} that was learned "
+            "on this model, or on a process of its range"
         )
 
 
@@ -225,12 +256,14 @@ class ARTPlan:
     """The node for plans: MODEL and a plan's file in, MODEL and SIGMAS out.
 
     The MODEL that comes out tells its network the plan's levels at the plan's nodes.
-    Sample it with the plan's own solver, which the node names: ``euler`` or, in
-    ComfyUI's list, the sampler of that name.
+    Sample it with the plan's own solver, which the node names: ``euler``, ``heun`` or
+    ``dpmpp_2m``. What ComfyUI lists as ``uni_pc``, ``ipndm`` and ``deis`` takes other
+    steps than `artlib.sample`, and its ``dpmpp_2m`` does on models of flow matching.
     """
 
     CATEGORY: ClassVar[str] = "sampling/custom_sampling/schedulers"
     RETURN_TYPES: ClassVar[tuple[str, ...]] = ("MODEL", "SIGMAS", "STRING")
+    RETURN_NAMES: ClassVar[tuple[str, ...]] = ("model", "sigmas", "sampler_name")
     FUNCTION: ClassVar[str] = "get_model"
     FOLDER: ClassVar[Path] = Path(__file__).resolve().parent
 
@@ -240,9 +273,21 @@ class ARTPlan:
         return {"required": {"model": ("MODEL",), "plan": (cls._names(),)}}
 
     @classmethod
+    def IS_CHANGED(cls, model: object = None, plan: str | None = None) -> str:
+        """What ComfyUI keeps a result by, beside the inputs: the file's content.
+
+        Args:
+            model: Not looked at; ComfyUI compares the inputs itself.
+            plan: As in `get_model`, or None where another node gives it.
+
+        Returns:
+            As `ARTSigmas.IS_CHANGED`.
+        """
+        return _content(cls.FOLDER, cls._names(), plan)
+
+    @classmethod
     def _names(cls) -> list[str]:
-        found = (p for p in cls.FOLDER.glob("*.json") if p.is_file())
-        return sorted(path.name for path in found)
+        return _files(cls.FOLDER, plans=True)
 
     def get_model(self, model: Any, plan: str) -> tuple[Any, Tensor, str]:
         """The model that is told, the sigmas, and the solver's name.
@@ -255,8 +300,10 @@ class ARTPlan:
             A clone of the model, float32 [K + 1] on the CPU, and a name.
 
         Raises:
-            ExportError: If the sampler's steps are not the plan's.
+            ExportError: If no sampler of ComfyUI takes the plan's steps on this model,
+                or the plan leaves the range of noise that the model knows.
             ScheduleFormatError: If the file is no plan.
+            TypeError: If ``model`` is no MODEL.
             ValueError: If there is no such file.
         """
         if plan not in (names := self._names()):
@@ -264,10 +311,21 @@ class ARTPlan:
                 f"plan: expected the name of a file in {self.FOLDER}, one of {names}, "
                 f"got {plan!r}"
             )
+        coordinate: Any = _coordinate_of(model)
         chosen = Plan.load(self.FOLDER / plan)
+        solver = str(chosen.solver)
+        if solver not in _SAMPLERS:
+            raise ExportError(
+                f"plan: no sampler of ComfyUI takes the steps of {solver}; make the "
+                f"plan for one of {', '.join(_SAMPLERS)}"
+            )
         patched = model.clone()
         before = patched.model_options.get("model_function_wrapper")
-        levels = told(chosen, patched.clone)  # asked for levels alone
+        # Asked for levels alone.
+        levels = told(chosen, patched.clone, coordinate=coordinate)
+        asked = levels.levels(levels.sigmas[:-1])
+        for seen in (levels.sigmas, asked.sort(descending=True).values):
+            _check_range(cat([seen[seen > 0], zeros(1)]), model, "plan", plan)
 
         def wrapper(apply_model: Any, given: dict[str, Any]) -> Any:
             x, sigma = levels.moved(given["input"], given["timestep"])
@@ -276,7 +334,7 @@ class ARTPlan:
             return apply_model(x, sigma, **given["c"])
 
         patched.set_model_unet_function_wrapper(wrapper)
-        return patched, levels.sigmas, str(chosen.solver)
+        return patched, levels.sigmas, solver
 
 
 NODE_CLASS_MAPPINGS = {"ARTSigmas": ARTSigmas, "ARTPlan": ARTPlan}

@@ -121,7 +121,8 @@ def told(plan: Plan, model: Any, *, coordinate: Coordinate | None = None) -> Tol
 
     Args:
         plan: The plan; of another process than `VE` or `RectifiedFlow` only with a
-            multistep solver, for Euler's steps are those of the process's own time.
+            multistep solver, for Euler's steps are those of the process's own time,
+            and with a multistep solver not in the sigmas of flow matching.
         model: Called as ``model(x, sigma, ...)``, returns the denoised states: a model
             of k-diffusion, or a network of the EDM family.
         coordinate: ``"level"`` or ``"flow"``, what its sigmas are; by default what
@@ -144,4 +145,17 @@ def told(plan: Plan, model: Any, *, coordinate: Coordinate | None = None) -> Tol
             f"plan: {kind.name} steps in the time of {plan.process}, the sampler in "
             "sigma, which is not the same; make the plan on flow.to_ve()"
         )
-    return ToldModel(plan, model, coordinate or own_coordinate(plan))
+    where = coordinate or own_coordinate(plan)
+    if kind.data_form and where == "flow":
+        raise ExportError(
+            f"plan: {kind.name} measures its steps in log(sigma / alpha), samplers of "
+            "k-diffusion in log(sigma), which in flow matching is not the same; make "
+            "the plan for euler, or sample with artlib.sample(flow, x_T, plan)"
+        )
+    if not kind.data_form and where != own_coordinate(plan):
+        raise ExportError(
+            f"plan: {kind.name} steps in the time of {plan.process}, and the model "
+            f"counts its sigmas as {where!r}, where its steps are others; make the "
+            "plan on the model's own process"
+        )
+    return ToldModel(plan, model, where)

@@ -1,4 +1,4 @@
-"""The command ``artlib export``: a schedule in a framework's form."""
+"""The command ``artlib export``: a schedule or plan in a framework's form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 
 from .._common.console import say
 from ..schedules.constructors import Schedule
-from .named import STDIN, load_schedule
+from ..schedules.plan import Plan
+from .named import STDIN, load_plan_or_schedule
 from .sources import (
     STDOUT,
     InputError,
@@ -42,7 +43,7 @@ def export(args: argparse.Namespace) -> None:
             "--name: a schedule from standard input has no file's name; say what "
             "the node's list is to call it"
         )
-    schedule = load_schedule(args.schedule)
+    schedule = load_plan_or_schedule(args.schedule)
     if args.to == "comfyui":
         if output == STDOUT:
             raise InputError(
@@ -56,6 +57,8 @@ def export(args: argparse.Namespace) -> None:
         written = comfyui.install(schedule, output, name, force=args.force)
         say(f"node and schedule written: {written}")
         return
+    if args.steps is None and isinstance(schedule, Plan):
+        args.steps = schedule.steps
     if args.steps is None:
         raise InputError(f"--steps: --to {args.to} needs a number of steps")
     K, denoise = args.steps, args.denoise
@@ -80,7 +83,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def _diffusers_arguments(
-    schedule: Schedule, args: argparse.Namespace
+    schedule: Schedule | Plan, args: argparse.Namespace
 ) -> dict[str, Any]:
     from ..adapters.diffusers import pipeline_arguments
 

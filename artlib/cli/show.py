@@ -10,11 +10,16 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .._common.console import printable, say
 from .._common.files import write_bytes
+from ..flow.processes import Process
 from ..schedules.constructors import Schedule
+from ..schedules.plan import Plan
 from ..schedules.shared import notes
-from .named import load_schedules
+from ..solvers.solver import solver_of
+from .named import load_all
 from .sources import STDOUT, InputError, check_free, deliver, parse_process
 
 
@@ -24,43 +29,61 @@ def show(args: argparse.Namespace) -> None:
     if args.plot:
         figure_format = _figure_format(args.plot)
         check_free(args.plot, args.force)
-    found = load_schedules(args.schedules, process)
+    found = load_all(args.schedules, process)
+    drawn = {k: one for k, one in found.items() if isinstance(one, Schedule)}
+    if args.plot and len(drawn) < len(found):
+        raise InputError("--plot: it draws schedules; a plan has its steps, see --json")
     if args.json:
         content = [_described(label, s, args.steps) for label, s in found.items()]
         deliver(STDOUT, json.dumps(content, allow_nan=False, indent=1) + "\n")
     else:
-        names = [schedule.name for schedule in found.values()]
-        for label, schedule in found.items():
-            alone = names.count(schedule.name) == 1
-            _print(schedule, args.steps, "" if alone else f" ({printable(label)})")
+        names = [one.name for one in found.values()]
+        for label, one in found.items():
+            alone = names.count(one.name) == 1
+            _print(one, args.steps, "" if alone else f" ({printable(label)})")
     if args.plot:
         from ..plotting import plot_steps
 
-        figure = plot_steps(found, args.steps[0])
+        figure = plot_steps(drawn, args.steps[0])
         buffer = io.BytesIO()
         figure.savefig(buffer, format=figure_format, bbox_inches="tight")
         write_bytes(args.plot, buffer.getvalue())
         say(f"figure written to {args.plot}", error=args.json)
 
 
-def _print(schedule: Schedule, steps: list[int], label: str) -> None:
-    process = schedule.process
-    say(f"{printable(schedule.name)}{label}: {process}, last step {schedule.last_step}")
-    say(origin(schedule))
+def _print(found: Schedule | Plan, steps: list[int], label: str) -> None:
+    process, name = found.process, printable(found.name)
+    if isinstance(found, Plan):
+        levels = "told levels" if not found.is_honest else "honest"
+        solver = solver_of(found.solver).name
+        say(f"{name}{label}: {process}, {solver}, NFE {found.nfe}, {levels}")
+        say(origin(found))
+        _print_grid(found.process, found.nodes, found.told)
+        return
+    say(f"{name}{label}: {process}, last step {found.last_step}")
+    say(origin(found))
     for K in steps:
-        grid = schedule.grid(K)
-        level = process.noise_level(grid)
-        say(f"  {K} steps\n{'k':>6} {'t':>12} {'sigma/alpha':>12} {'step':>12}")
-        for k in range(K + 1):
-            step = f"{float(grid[k] - grid[k + 1]):12.6g}" if k < K else ""
-            say(f"{k:6d} {float(grid[k]):12.6g} {float(level[k]):12.6g} {step}")
+        _print_grid(process, found.grid(K), None)
 
 
-def origin(schedule: Schedule) -> str:
-    """How a schedule was made, as its file tells it, in lines of a table.
+def _print_grid(process: Process, grid: Tensor, told: Tensor | None) -> None:
+    K = len(grid) - 1
+    level = process.noise_level(grid)
+    asked = None if told is None else process.noise_level(told)
+    title = "" if told is None else f" {'told':>12}"
+    say(f"  {K} steps\n{'k':>6} {'t':>12} {'sigma/alpha':>12} {'step':>12}{title}")
+    for k in range(K + 1):
+        step = f"{float(grid[k] - grid[k + 1]):12.6g}" if k < K else ""
+        if asked is not None and k < K:
+            step += f" {float(asked[k]):12.6g}"
+        say(f"{k:6d} {float(grid[k]):12.6g} {float(level[k]):12.6g} {step}")
+
+
+def origin(schedule: Schedule | Plan) -> str:
+    """How a schedule or plan was made, as its file tells it, in lines of a table.
 
     Args:
-        schedule: The schedule.
+        schedule: The schedule or plan.
 
     Returns:
         A few lines, two spaces in front, of printable characters.
@@ -80,27 +103,38 @@ def origin(schedule: Schedule) -> str:
     )
 
 
-def _described(label: str, schedule: Schedule, steps: list[int]) -> dict[str, Any]:
-    """A schedule and its grids as JSON; an infinite noise level is null."""
-    grids = []
-    for K in steps:
-        grid = schedule.grid(K)
-        levels = schedule.process.noise_level(grid).tolist()
-        grids.append(
-            {
-                "steps": K,
-                "times": grid.tolist(),
-                "levels": [v if math.isfinite(v) else None for v in levels],
-            }
-        )
-    return {
+def _described(label: str, found: Schedule | Plan, steps: list[int]) -> dict[str, Any]:
+    """A schedule or plan and its grids as JSON; an infinite noise level is null."""
+    process = found.process
+    same = {
         "label": label,
-        "name": schedule.name,
-        "process": schedule.process.to_dict(),
-        "last_step": schedule.last_step,
-        "provenance": schedule.provenance,
-        "grids": grids,
+        "name": found.name,
+        "process": process.to_dict(),
+        "provenance": found.provenance,
     }
+    if isinstance(found, Plan):
+        return {
+            **same,
+            "solver": solver_of(found.solver).name,
+            "nfe": found.nfe,
+            "grids": [_grid(process, found.nodes)],
+            "told": _levels(process, found.told),
+        }
+    grids = [_grid(process, found.grid(K)) for K in steps]
+    return {**same, "last_step": found.last_step, "grids": grids}
+
+
+def _grid(process: Process, times: Tensor) -> dict[str, Any]:
+    return {
+        "steps": len(times) - 1,
+        "times": times.tolist(),
+        "levels": _levels(process, times),
+    }
+
+
+def _levels(process: Process, times: Tensor) -> list[float | None]:
+    levels = process.noise_level(times).tolist()
+    return [v if math.isfinite(v) else None for v in levels]
 
 
 def _figure_format(path: str) -> str:

@@ -52,7 +52,7 @@ Nothing is downloaded, and nothing is unpickled.
 
 A SCHEDULE is a file written by "artlib learn", a folder that schedule.save_pretrained
 wrote, - for one on standard input, or a formula by name, for the process of the source
-or of the files beside it:
+or of the files beside it (show, export and sample take plans of "artlib tune" too):
 {wrapped(FORMULAS)}
 (ays-... are published lists, each for the model that it names.)
 """
@@ -99,4 +99,6 @@ EXPORT = """\
   --to diffusers     the argument of pipe(...), with the scheduler's own shift, ramp and
                      final zero undone; needs --scheduler
   --to comfyui       a folder for ComfyUI/custom_nodes, for any number of steps
+SCHEDULE may be a plan. Its nodes alone are its grid if it is honest; one that tells the
+network other levels goes --to comfyui only, where a node tells them.
 """

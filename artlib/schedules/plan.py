@@ -23,7 +23,7 @@ from ..flow.processes import Process, check_process
 from ..flow.registry import UnknownProcessError, process_from_dict, saved_process
 from ..solvers.sample import nfe
 from ..solvers.solver import SOLVERS, Solver, SolverLike, solver_of
-from . import file
+from . import file, shared
 from .schedule import Schedule, check_labels, describe_origin
 
 
@@ -275,6 +275,61 @@ class Plan:
             ScheduleFormatError: If it is no plan.
         """
         return cls.from_json(file.read_text(path), source=os.fspath(path))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the plan into a folder, in the layout that the Hub shares.
+
+        ``artlib_plan.json``, and a card ``README.md`` that says how it was made, unless
+        the folder has one of its own. It may be the folder of a pipeline, or one with a
+        schedule; plans of other numbers of steps need folders of their own.
+
+        Args:
+            folder: Made if missing.
+
+        Raises:
+            OSError: If it cannot be written to; an older plan is then untouched.
+            TypeError: If it is no path.
+            ValueError: If the solver is one's own, see `to_dict`.
+        """
+        target = shared.folder_of(folder, "folder")
+        text = self.to_json()
+        card = shared.plan_card(self.name, self.facts(), self.provenance)
+        shared.write_folder(target, shared.PLAN_FILE, text, card)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], *, subfolder: str = ""
+    ) -> Plan:
+        """Read a plan from a folder that `save_pretrained` wrote.
+
+        Nothing is downloaded: the folder is on this machine, such as one that
+        ``huggingface_hub.snapshot_download`` returns.
+
+        Args:
+            folder: The folder.
+            subfolder: Within it, for one of several plans.
+
+        Raises:
+            FileNotFoundError: If there is no plan in it.
+            ScheduleFormatError: If it is none that this version can use.
+            TypeError: If ``folder`` is no path.
+            ValueError: If ``subfolder`` leads out of it.
+        """
+        place = shared.folder_of(folder, "folder", subfolder)
+        return cls.load(shared.find(place, shared.PLAN_FILE))
+
+    def facts(self) -> dict[str, str]:
+        """What it is, in words: process, solver, evaluations, nodes, levels told."""
+        return {
+            "process": str(self.process),
+            "solver": solver_of(self.solver).name,
+            "steps": str(self.steps),
+            "evaluations": str(self.nfe),
+            "nodes": shared.as_list(self.nodes.tolist()),
+            "told": "the nodes"
+            if self.is_honest
+            else shared.as_list(self.told.tolist()),
+        }
 
     def __repr__(self) -> str:
         kind: Solver = solver_of(self.solver)

@@ -383,8 +383,10 @@ class Schedule:
         """
         target = shared.folder_of(folder, "folder")
         steps = shared.as_list(self.grid(10).tolist())
-        card = shared.card(self.name, str(self.process), self.provenance, steps)
-        shared.write_folder(target, self.to_json(), card)
+        card = shared.schedule_card(
+            self.name, str(self.process), self.provenance, steps
+        )
+        shared.write_folder(target, shared.FILE, self.to_json(), card)
 
     @classmethod
     def from_pretrained(
@@ -410,7 +412,8 @@ class Schedule:
             TypeError: If ``folder`` is no path.
             ValueError: If ``subfolder`` leads out of it.
         """
-        found = shared.find(shared.folder_of(folder, "folder", subfolder))
+        place = shared.folder_of(folder, "folder", subfolder)
+        found = shared.find(place, shared.FILE)
         return cls.load(found, process=process)
 
     def __repr__(self) -> str:

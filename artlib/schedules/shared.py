@@ -1,9 +1,9 @@
-"""Schedules in folders, as models are shared: one file in it, and a card.
+"""Schedules and plans in folders, as models are shared: a file each, and a card.
 
-The layout is that of the Hub's repositories: ``artlib_schedule.json`` beside, or in,
-what ``save_pretrained`` of a model or a pipeline writes, and a ``README.md`` where
-there is none. Nothing here uses a network: what uploads a folder, or fetches one, is
-``huggingface_hub``.
+The layout is that of the Hub's repositories: ``artlib_schedule.json`` and
+``artlib_plan.json`` beside, or in, what ``save_pretrained`` of a model or a pipeline
+writes, and a ``README.md`` where there is none. Nothing here uses a network: what
+uploads a folder, or fetches one, is ``huggingface_hub``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,20 @@ from .file import write_text
 FILE = "artlib_schedule.json"
 """The schedule in its folder."""
 
+PLAN_FILE = "artlib_plan.json"
+"""The plan in its folder."""
+
 _CARD = "README.md"
 _MARK = "<!-- This card was written by artlib, which renews it. -->"
+_END = "<!-- end -->"
+_HEAD = """\
+---
+library_name: artlib
+tags:
+- diffusion
+- timestep-schedule
+---
+"""
 _USUAL = ("library", "version", "made_by")
 
 
@@ -45,41 +57,57 @@ def folder_of(path: Any, name: str, *parts: str) -> Path:
     return Path(path).joinpath(*parts)
 
 
-def write_folder(folder: Path, text: str, card: str) -> None:
-    """Write a schedule, and its card unless somebody else's is there.
+def write_folder(folder: Path, name: str, text: str, section: str) -> None:
+    """Write a schedule or plan, and its part of the card unless it is somebody else's.
 
     Args:
         folder: Made if missing.
-        text: Of the schedule's file.
-        card: Of the card.
+        name: `FILE` or `PLAN_FILE`.
+        text: Of the file.
+        section: What the card says of it. What it says of the other file stays.
 
     Raises:
-        OSError: If it cannot be written; an older schedule is then untouched.
+        OSError: If it cannot be written; an older file is then untouched.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(20, "is no folder; name another", os.fspath(folder))
     folder.mkdir(parents=True, exist_ok=True)
-    check_output(folder / FILE)
+    check_output(folder / name)
     readme = folder / _CARD
-    own = not readme.exists() or _MARK in readme.read_text("utf-8", errors="replace")
-    write_text(folder / FILE, text)
-    if own:
-        write_text(readme, card)
+    there = readme.read_text("utf-8", errors="replace") if readme.exists() else _MARK
+    write_text(folder / name, text)
+    if _MARK not in there:
+        return
+    parts = {name: section}
+    for other in (FILE, PLAN_FILE):
+        _, found, part = there.partition(_begin(other))
+        if found and other != name and (folder / other).is_file():
+            parts[other] = part.partition(_END)[0]
+    body = "\n".join(f"{_begin(k)}{parts[k]}{_END}" for k in sorted(parts))
+    write_text(readme, f"{_HEAD}{_MARK}\n\n{body}\n")
 
 
-def find(folder: Path) -> Path:
-    """The schedule's file in a folder.
+def _begin(name: str) -> str:
+    return f"<!-- {name} -->"
+
+
+def find(folder: Path, name: str) -> Path:
+    """The file of a schedule or plan in a folder.
+
+    Args:
+        folder: The folder.
+        name: `FILE` or `PLAN_FILE`.
 
     Raises:
         FileNotFoundError: If there is none; the message says where one comes from.
     """
-    file = folder / FILE
+    file = folder / name
     if file.is_file():
         return file
     what = "holds no" if folder.is_dir() else "is no folder with an"
     raise FileNotFoundError(
         2,
-        f"{what} {FILE}; artlib downloads nothing: huggingface_hub.snapshot_download "
+        f"{what} {name}; artlib downloads nothing: huggingface_hub.snapshot_download "
         "fetches a repository and returns its folder",
         os.fspath(folder),
     )
@@ -114,8 +142,10 @@ def _word(value: Any) -> str:
     return printable(str(value))[:60]
 
 
-def card(name: str, process: str, provenance: dict[str, Any], steps: str) -> str:
-    """A model card in Markdown, with the metadata that the Hub reads.
+def schedule_card(
+    name: str, process: str, provenance: dict[str, Any], steps: str
+) -> str:
+    """What a card says of a schedule, in Markdown.
 
     Args:
         name: Of the schedule.
@@ -124,27 +154,14 @@ def card(name: str, process: str, provenance: dict[str, Any], steps: str) -> str
         steps: Its ten steps, as a list.
     """
     rows = {"process": process, **notes(provenance), "ten steps": steps}
-    table = "\n".join(
-        f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()
-    )
-    version = _cell(str(provenance.get("version", "")))
-    return f"""\
----
-library_name: artlib
-tags:
-- diffusion
-- timestep-schedule
----
-{_MARK}
+    return f"""
 
 # {_cell(printable(name))}
 
-Where a diffusion sampler spends its steps, for any number of them
-(artlib {version}).
+Where a diffusion sampler spends its steps, for any number of
+them{_version(provenance)}.
 
-| | |
-| --- | --- |
-{table}
+{_table(rows)}
 
 ```python
 import artlib
@@ -153,7 +170,46 @@ schedule = artlib.Schedule.from_pretrained("path/to/this/folder")
 schedule.grid(10)                            # timesteps of ten steps
 schedule.to_diffusers(pipe.scheduler, 10)    # or set in a pipeline of diffusers
 ```
+
 """
+
+
+def plan_card(name: str, facts: dict[str, str], provenance: dict[str, Any]) -> str:
+    """What a card says of a plan, in Markdown.
+
+    Args:
+        name: Of the plan.
+        facts: Process, solver, evaluations, nodes and so on.
+        provenance: Of the plan.
+    """
+    return f"""
+
+# {_cell(printable(name))}
+
+The steps of one solver, and the noise level that the network is told at
+each{_version(provenance)}.
+
+{_table({**facts, **notes(provenance)})}
+
+```python
+import artlib
+
+plan = artlib.Plan.from_pretrained("path/to/this/folder")
+samples = artlib.sample(flow, x_T, plan)
+plan.to_diffusers(pipe.scheduler, pipe.unet)    # or set in a pipeline of diffusers
+```
+
+"""
+
+
+def _table(rows: dict[str, str]) -> str:
+    lines = [f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()]
+    return "\n".join(["| | |", "| --- | --- |", *lines])
+
+
+def _version(provenance: dict[str, Any]) -> str:
+    version = provenance.get("version")
+    return f" (artlib {_cell(printable(str(version)))})" if version else ""
 
 
 def _cell(text: str) -> str:
