@@ -10,7 +10,7 @@ PIP_ARGS ?=
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book pdf test lint notebooks status texts full zoo cifar bench clean
+.PHONY: help setup book pdf test lint notebooks gallery status texts full zoo cifar bench clean
 
 help:
 	@echo "make setup                create $(VENV) and install everything (book and test do it)"
@@ -19,6 +19,7 @@ help:
 	@echo "make test                 lint, types, book, unit tests, and every notebook re-executed"
 	@echo "make lint                 only ruff and mypy"
 	@echo "make notebooks            re-execute all chapters in place; CHAPTER=04 only that one"
+	@echo "make gallery              write the schedules of the stored results, schedules/"
 	@echo "make texts                write the chapters as text, notebooks/text"
 	@echo "make status               the same, and write the runtimes on the build status page"
 	@echo "make full CHAPTER=10      a chapter at full size, as plain Python (use a GPU)"
@@ -55,6 +56,9 @@ lint: $(INSTALLED)
 
 notebooks: $(INSTALLED)
 	$(PY) tools/execute_notebooks.py $(CHAPTER)
+
+gallery: $(INSTALLED)
+	@$(PY) tools/build_gallery.py
 
 texts: $(INSTALLED)
 	@$(PY) tools/md2nb.py --texts

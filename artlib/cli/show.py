@@ -17,7 +17,7 @@ from .._common.files import write_bytes
 from ..flow.processes import Process
 from ..schedules.constructors import Schedule
 from ..schedules.plan import Plan
-from ..schedules.shared import notes
+from ..schedules.shared import notes, worth
 from ..solvers.solver import solver_of
 from .named import load_all
 from .sources import STDOUT, InputError, check_free, deliver, parse_process
@@ -80,7 +80,7 @@ def _print_grid(process: Process, grid: Tensor, told: Tensor | None) -> None:
 
 
 def origin(schedule: Schedule | Plan) -> str:
-    """How a schedule or plan was made, as its file tells it, in lines of a table.
+    """How a schedule or plan was made and what it is worth, as its file tells it.
 
     Args:
         schedule: The schedule or plan.
@@ -94,12 +94,17 @@ def origin(schedule: Schedule | Plan) -> str:
     by = [printable(str(known[key])) for key in ("library", "version") if key in known]
     if "made by" in found:  # a formula is what it is in every version
         by = []
-    return textwrap.fill(
-        "; ".join([text, " ".join(by)]) if by else text,
-        width=88,
-        initial_indent="  ",
-        subsequent_indent="    ",
-        break_on_hyphens=False,
+    lines = ["; ".join([text, " ".join(by)]) if by else text]
+    lines += [f"{where}: {what}" for where, what in worth(known).items()]
+    return "\n".join(
+        textwrap.fill(
+            line,
+            width=88,
+            initial_indent="  ",
+            subsequent_indent="    ",
+            break_on_hyphens=False,
+        )
+        for line in lines
     )
 
 

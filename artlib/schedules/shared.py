@@ -35,7 +35,7 @@ tags:
 - timestep-schedule
 ---
 """
-_USUAL = ("library", "version", "made_by")
+_USUAL = ("library", "version", "made_by", "worth")
 
 
 def folder_of(path: Any, name: str, *parts: str) -> Path:
@@ -131,6 +131,18 @@ def notes(provenance: dict[str, Any]) -> dict[str, str]:
     return found or {"made by": _word(provenance.get("made_by", "hand"))}
 
 
+def worth(provenance: dict[str, Any]) -> dict[str, str]:
+    """What a schedule or plan is worth, if it says so: where, and how much.
+
+    Args:
+        provenance: Of the schedule; its ``"worth"``, a dictionary of texts.
+    """
+    found = provenance.get("worth")
+    if not isinstance(found, dict):
+        return {}
+    return {printable(str(k))[:60]: printable(str(v))[:200] for k, v in found.items()}
+
+
 def _word(value: Any) -> str:
     if isinstance(value, str):
         return printable(value.replace("_", " "))[:200]
@@ -139,6 +151,8 @@ def _word(value: Any) -> str:
     if isinstance(value, dict):
         named = value.get("method", value.get("made_by"))
         return f"({_word(named)})" if isinstance(named, str) else "(...)"
+    if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+        return f"({len(value)} of them)"
     return printable(str(value))[:60]
 
 
@@ -154,6 +168,7 @@ def schedule_card(
         steps: Its ten steps, as a list.
     """
     rows = {"process": process, **notes(provenance), "ten steps": steps}
+    rows |= worth(provenance)
     return f"""
 
 # {_cell(printable(name))}
@@ -189,7 +204,7 @@ def plan_card(name: str, facts: dict[str, str], provenance: dict[str, Any]) -> s
 The steps of one solver, and the noise level that the network is told at
 each{_version(provenance)}.
 
-{_table({**facts, **notes(provenance)})}
+{_table({**facts, **notes(provenance), **worth(provenance)})}
 
 ```python
 import artlib
