@@ -300,8 +300,7 @@ def test_image_to_image_strength_cuts_the_schedule() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"shift": 3.0}, {"use_dynamic_shifting": True}])
-def test_flow_matching_pipeline(options: dict[str, Any]) -> None:
+def stable_diffusion_3(scheduler: Any) -> Any:
     torch.manual_seed(4)
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=8,
@@ -315,9 +314,9 @@ def test_flow_matching_pipeline(options: dict[str, Any]) -> None:
         pooled_projection_dim=10,
         out_channels=4,
     ).eval()
-    pipe = diffusers.StableDiffusion3Pipeline(
+    return diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**options),
+        scheduler=scheduler,
         vae=small_vae(),
         text_encoder=None,
         tokenizer=None,
@@ -326,6 +325,12 @@ def test_flow_matching_pipeline(options: dict[str, Any]) -> None:
         text_encoder_3=None,
         tokenizer_3=None,
     )
+
+
+@pytest.mark.parametrize("options", [{"shift": 3.0}, {"use_dynamic_shifting": True}])
+def test_flow_matching_pipeline(options: dict[str, Any]) -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**options)
+    pipe = stable_diffusion_3(scheduler)
     pipe.set_progress_bar_config(disable=True)
     prompt, pooled = noise(1, 6, 12, seed=1), noise(1, 10, seed=2)
     net = denoiser(

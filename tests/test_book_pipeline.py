@@ -1,18 +1,29 @@
-"""The cell of chapter 14 that only Colab runs, run here with a small pipeline."""
+"""What chapter 14 shows and does not run: its tabs, and the cell for Colab.
 
+Run here with small networks in the place of a reader's.
+"""
+
+import itertools
+import re
 import sys
 import time
 import types
+from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 import torch
+from pipelines import noise
 from run_chapter import code_cells, find, run_cell
-from test_adapters_pipelines import BETAS, stable_diffusion
+from safetensors.torch import load_file
+from test_adapters_pipelines import BETAS, stable_diffusion, stable_diffusion_3
+from test_adapters_sigmas import EDMNetwork
 from torch import Tensor
 
 import artlib
 from artlib import adapters
+from artlib.cli.parser import main
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
@@ -109,3 +120,173 @@ def test_without_a_gpu_a_sentence_says_what_to_choose(
 def test_elsewhere_nothing_is_downloaded(capsys: pytest.CaptureFixture[str]) -> None:
     run_cell(CELL, "cell", scope(torch.device("cuda")))
     assert capsys.readouterr().out == ""
+
+
+# The tabs, one for each framework: every block runs as it stands.
+
+
+def tabs() -> dict[str, list[tuple[str, str]]]:
+    """Label -> blocks in order, each a language and its text."""
+    cells = nbformat.read(find("14"), as_version=4).cells
+    (text,) = (c.source for c in cells if "{tab-set}" in c.source)
+    found: dict[str, list[tuple[str, str]]] = {}
+    for part in text.split("::::{tab-item} ")[1:]:
+        label, _, body = part.partition("\n")
+        body = body.partition("\n::::")[0]
+        found[label] = re.findall(r"```(\w+)\n(.*?)```", body, re.DOTALL)
+    return found
+
+
+TABS = tabs()
+
+
+def run_blocks(label: str, names: dict[str, Any]) -> dict[str, Any]:
+    for language, code in TABS[label]:
+        assert language == "python"
+        exec(compile(code, label, "exec"), names)
+    return names
+
+
+def given() -> dict[str, Any]:
+    """What stands above: the packages, prompts, and a schedule."""
+    schedule = artlib.kl_optimal(artlib.VE(0.03, 14.0))
+    return {
+        "artlib": artlib,
+        "torch": torch,
+        "text": noise(2, 6, 12, seed=1),
+        "empty": noise(2, 6, 12, seed=2),
+        "schedule": schedule,
+        "plan": artlib.Plan.honest(schedule, 4, solver="euler"),
+    }
+
+
+def small_pipe() -> Any:
+    pipe = stable_diffusion(diffusers.EulerDiscreteScheduler(**BETAS, steps_offset=1))
+    pipe.set_progress_bar_config(disable=True)
+    pair = noise(1, 6, 12, seed=1), noise(1, 6, 12, seed=2)
+    pipe.encode_prompt = lambda *_, **__: pair
+    return pipe
+
+
+def test_all_tabs_are_run_here() -> None:
+    assert list(TABS) == [
+        "diffusers",
+        "flow matching",
+        "a plan",
+        "ComfyUI",
+        "k-diffusion",
+        "EDM",
+        "your network",
+        "no program",
+        "the Hub",
+    ]
+
+
+def test_tab_of_diffusers() -> None:
+    names = run_blocks("diffusers", {**given(), "pipe": small_pipe()})
+    assert len(names["images"]) == 1
+    levels = names["schedule"].grid(10)
+    assert names["given"]["sigmas"] == pytest.approx(levels.tolist())
+    names["pipe"].scheduler.set_timesteps(10)
+    assert not torch.allclose(names["pipe"].scheduler.sigmas.double(), levels)
+
+
+def test_tab_of_flow_matching() -> None:
+    pipe = stable_diffusion_3(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipe.vae.register_to_config(shift_factor=0.0)
+    pipe.set_progress_bar_config(disable=True)
+    words = noise(1, 6, 12, seed=1), noise(1, 6, 12, seed=2)
+    pooled = noise(1, 10, seed=3), noise(1, 10, seed=4)
+    pipe.encode_prompt = lambda *_, **__: (*words, *pooled)
+    names = {**given(), "pipe": pipe, "pooled": noise(2, 10, seed=3)}
+    names["no_pooled"] = noise(2, 10, seed=4)
+    run_blocks("flow matching", names)
+    assert len(names["images"]) == 1
+    levels = names["schedule"].grid(10)
+    assert torch.allclose(pipe.scheduler.sigmas.double(), levels, rtol=1e-5)
+
+
+def test_tab_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = small_pipe()
+    process = adapters.diffusers.scheduler_process(pipe.scheduler)
+    nodes = artlib.kl_optimal(process).grid(4)
+    artlib.Plan(process, nodes, 0.9 * nodes[:-1], "dpmpp_2m").save(tmp_path / "p.json")
+    monkeypatch.chdir(tmp_path)
+    names = run_blocks("a plan", {**given(), "pipe": pipe})
+    assert len(names["images"]) == 1
+    assert torch.allclose(pipe.scheduler.sigmas.double(), nodes, rtol=1e-5)
+
+
+def test_tab_of_k_diffusion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sampler, as the formula of Euler's steps."""
+
+    def sample_euler(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
+        for now, after in itertools.pairwise(sigmas):
+            denoised = model(x, now * x.new_ones(len(x)))
+            x = x + (after - now) / now * (x - denoised)
+        return x
+
+    module = types.ModuleType("k_diffusion.sampling")
+    module.sample_euler = sample_euler  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "k_diffusion", types.ModuleType("k_diffusion"))
+    monkeypatch.setitem(sys.modules, "k_diffusion.sampling", module)
+    names = given()
+    process = names["schedule"].process
+    exact = artlib.Gaussian([0.5, -1.0], torch.eye(2) / 4).denoiser(process)
+    names["noise"] = noise(3, 2)
+    names["model"] = lambda x, sigma: exact(x, sigma[0])
+    run_blocks("k-diffusion", names)
+    flow = artlib.ProbabilityFlow(process, exact)
+    ours = artlib.sample(flow, names["noise"] * process.t_max, names["plan"])
+    torch.testing.assert_close(names["x"], ours, rtol=1e-4, atol=1e-4)
+
+
+def test_tab_of_edm() -> None:
+    names = {**given(), "network": EDMNetwork(), "labels": torch.eye(3)}
+    names["noise"] = noise(3, 2)
+    names = run_blocks("EDM", names)
+    assert names["images"].shape == (3, 2)
+
+
+def test_tab_of_your_network() -> None:
+    names = {**given(), "noise": noise(3, 2, 4, 4), "labels": torch.tensor([0, 1, 2])}
+    names["no_labels"] = torch.tensor([3])
+    names["alphas_cumprod"] = diffusers.DDPMScheduler(**BETAS).alphas_cumprod
+    names["network"] = lambda x, step, label: 0.1 * x + label[:, None, None, None]
+    names = run_blocks("your network", names)
+    assert names["images"].shape == (3, 2, 4, 4)
+
+
+def test_tabs_of_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mymodule.py").write_text(
+        "import artlib\n\n\ndef make():\n"
+        "    process = artlib.VE(0.01, 30.0)\n"
+        "    exact = artlib.Gaussian([0.5, -1.0], [[0.3, 0.0], [0.0, 1.0]])\n"
+        "    net = exact.denoiser(process)\n"
+        "    net.process, net.sample_shape = process, (2,)\n"
+        "    return net\n"
+    )
+    for label in ("no program", "ComfyUI"):
+        ((language, lines),) = TABS[label]
+        assert language == "console"
+        for line in lines.splitlines():
+            program, *arguments = line.split()
+            assert program == "artlib"
+            assert main(arguments) == 0, capsys.readouterr().err
+        schedule = artlib.Schedule.load(tmp_path / "s.json")
+        artlib.Plan.honest(schedule, 4, solver="euler").save(tmp_path / "p.json")
+    assert len(load_file(tmp_path / "x.safetensors")["x_0"]) == 16
+    node = tmp_path / "ComfyUI" / "custom_nodes" / "artlib_node"
+    assert sorted(path.name for path in node.glob("*.json")) == ["p.json", "s.json"]
+
+
+def test_tab_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = given()
+    names = run_blocks("the Hub", dict(before))
+    assert names["schedule"] == before["schedule"]
+    assert names["plan"].to_json() == before["plan"].to_json()
