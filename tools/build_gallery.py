@@ -10,7 +10,6 @@ runs of the chapters put them: nothing is learned or measured here.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import artlib
 from artlib.comparison import Comparison
@@ -304,19 +304,17 @@ def _row(entry: Entry, found: artlib.Schedule | artlib.Plan) -> list[str]:
     link = f"{{download}}`{entry.file} <../schedules/{entry.file}.json>`"
     known = found.provenance
     if isinstance(found, artlib.Plan):
-        solver = f"{found.solver}, {found.nfe} evaluations"
-        how = "tuned: solver, nodes and told levels"
+        solver, budget = str(found.solver), f"NFE {found.nfe}"
+        how = f"tuned on {known['noises'][0]} noises"
     else:
-        solver = f"{SOLVERS[known.get('solver', 'euler')]}, any number of steps"
-        how = f"{known['method']}, {known['trajectories']} paths, "
-        how += f"{known['nfe']} evaluations of them"
-    where = f"{{numref}}`{entry.chapter}`"
-    process = re.sub(r"\d+\.\d+(e-\d+)?", _short, str(found.process))
-    return [link, entry.network, f"`{process}`", solver, how, where]
-
-
-def _short(number: re.Match[str]) -> str:
-    return f"{float(number[0]):.4g}"
+        solver, budget = SOLVERS[known.get("solver", "euler")], "any"
+        how = f"{known['method']}, {known['trajectories']} paths"
+    how += f" ({{numref}}`{entry.chapter}`)"
+    times = torch.tensor([found.process.t_min, found.process.t_max])
+    low, high = found.process.noise_level(times.double()).tolist()
+    process = f"{type(found.process).__name__}, {low:.2g} to {high:.3g}"
+    cost = str(known["nfe"])
+    return [link, entry.network, process, solver, budget, how, cost]
 
 
 def _judged(entry: Entry, cell: dict[str, Any]) -> list[str]:
@@ -363,11 +361,13 @@ one that you use, learn one ({{numref}}`ch-pipeline`).
 
 ## The files
 
-*Made for* names the solver whose error the schedule keeps small. A plan is the steps of
-one solver, with what the network is told at each.
+*Process* gives the noise per signal, $\\sigma/\\alpha$, that the steps run over; *made
+for* names the solver whose error the schedule keeps small. A plan is the steps of one
+solver, with what the network is told at each. The cost of learning is in evaluations of
+the network on the batch of paths or noises.
 
-| file | network | process | made for | how | chapter |
-| --- | --- | --- | --- | --- | --- |
+| file | network | process | made for | budget | how | cost |
+| --- | --- | --- | --- | --- | --- | ---: |
 {listed}
 
 ## What they are worth
