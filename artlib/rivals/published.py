@@ -12,6 +12,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -54,7 +55,9 @@ _BETWEEN = 100
 """Knots between two published levels, for processes whose time is not the level."""
 
 
-def ays(model: str, process: Process | None = None) -> Schedule:
+def ays(
+    model: str, process: Process | None = None, *, stretched: bool = False
+) -> Schedule:
     r"""The list of Align Your Steps for a model, for any number of steps.
 
     ``ays(model).grid(10)`` is the list with 0 for its last level; for other numbers of
@@ -65,13 +68,17 @@ def ays(model: str, process: Process | None = None) -> Schedule:
         process: Where it is used, over the model's own range of noise levels (to 2 %,
             for the list is rounded; its ends become those of the process); by default
             `VE` over the list.
+        stretched: Whether the process may have another range. The list's log noise
+            levels are stretched to it then, linearly. The authors publish no such use;
+            as a start, or a rival on another model, it is worth a run.
 
     Returns:
         A `Schedule`.
 
     Raises:
         TypeError: If ``process`` is no process.
-        ValueError: If there is no list for the model, or the process has another range.
+        ValueError: If there is no list for the model, or the process has another range
+            and the list is not stretched, or the range has an infinite noise level.
     """
     if not isinstance(model, str) or model not in AYS:
         raise ValueError(
@@ -83,11 +90,14 @@ def ays(model: str, process: Process | None = None) -> Schedule:
         process = VE(float(levels[-1]), float(levels[0]))
     check_process(process)
     ends = [float(process.noise_level(t)) for t in _range(process)]
-    if not np.allclose(levels[[0, -1]], ends, rtol=_NEAR, atol=0):
+    if stretched:
+        levels = _stretched(levels, ends)
+    elif not np.allclose(levels[[0, -1]], ends, rtol=_NEAR, atol=0):
         raise ValueError(
             f"process: its noise levels run from {ends[0]:.6g} to {ends[1]:.6g}, and "
             f"the list of {model} from {levels[0]:.6g} to {levels[-1]:.6g}; it is for "
-            "that model alone: artlib.rivals.girsanov learns one for another"
+            "that model alone: artlib.rivals.girsanov learns one for another, and "
+            "stretched=True stretches this one"
         )
     levels[[0, -1]] = ends
     place = np.linspace(0, len(levels) - 1, (len(levels) - 1) * _BETWEEN + 1)
@@ -99,10 +109,25 @@ def ays(model: str, process: Process | None = None) -> Schedule:
         process,
         place / place[-1] * span,
         times,
-        name=f"AYS ({model})",
+        name=f"AYS ({model}{', stretched' if stretched else ''})",
         interpolation="log-linear",
-        provenance={"published": "arXiv:2404.14507, Table 3", "model": model},
+        provenance={
+            "published": "arXiv:2404.14507, Table 3",
+            "model": model,
+            "stretched": stretched,
+        },
     )
+
+
+def _stretched(levels: np.ndarray, ends: list[float]) -> np.ndarray:
+    """Levels whose logarithms run linearly from one end to the other."""
+    if not math.isfinite(ends[0]):
+        raise ValueError(
+            "process: its noise level at t_max is infinite, and no list stretches so "
+            "far; give it a t_max with some signal left"
+        )
+    place = np.log(levels / levels[0]) / math.log(levels[-1] / levels[0])
+    return np.asarray(ends[0] * (ends[1] / ends[0]) ** place)
 
 
 def _range(process: Process) -> tuple[float, float]:
