@@ -286,7 +286,7 @@ def test_colours_keep_their_places() -> None:
             "--solver: goes with --method closed",
         ),
         (
-            [*REFUSED, "--solver", "rk4", "--budget", "40"],
+            [*REFUSED, "--solver", "rk4", "--weight", "local", "--budget", "40"],
             "give at least 82",
         ),
     ],
@@ -315,7 +315,38 @@ def test_debug_shows_where_an_error_came_from(here: Path, capsys: Any) -> None:
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "rk4", "dpmpp_2m"])
 def test_learn_for_a_solver(here: Path, solver: str, capsys: Any) -> None:
+    """As the library does: densities run and judged, the best of them written."""
     assert main([*LEARN, "--solver", solver, "-o", "s.json"]) == 0
+    flow, x_T = source()
+    expected = artlib.art(flow, x_T, solver=solver, points=24)
+    found = artlib.Schedule.load("s.json")
+    assert torch.equal(found.grid(9), expected.grid(9))
+    assert found.name == expected.name == f"ART ({solver})"
+    notes = found.provenance
+    assert notes["source"] == "stream_module:Exact"
+    assert {**notes, "source": ""} == {**expected.provenance, "source": ""}
+    text = capsys.readouterr().out
+    assert f"{notes['nfe']} network evaluations" in text
+    for label, behind in notes["disadvantage"].items():
+        assert any(
+            label in line and f"{behind:.3f}" in line for line in text.splitlines()
+        )
+
+
+@pytest.mark.parametrize("more", [["--budget", "300"], ["--checkpoint", "c"]])
+def test_judged_runs_are_not_cut(here: Path, more: list[str], capsys: Any) -> None:
+    assert main([*REFUSED, "--solver", "heun", *more]) == 2
+    text = capsys.readouterr().err
+    assert f"--solver: {more[0]} cannot go with it" in text
+    assert "--weight local" in text
+    assert main([*REFUSED, "--weight", "local"]) == 2
+    assert "--weight: it says how to match a solver" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "rk4", "dpmpp_2m"])
+def test_learn_by_a_solvers_own_error(here: Path, solver: str, capsys: Any) -> None:
+    argv = [*LEARN, "--solver", solver, "--weight", "local"]
+    assert main([*argv, "-o", "s.json"]) == 0
     flow, x_T = source()
     expected = artlib.art(flow, x_T, solver=solver, weight="local", points=24)
     found = artlib.Schedule.load("s.json")
@@ -324,7 +355,7 @@ def test_learn_for_a_solver(here: Path, solver: str, capsys: Any) -> None:
     assert found.provenance["solver"] == solver
     for budget in (92, 120, 300):
         more = ["--budget", str(budget), "-o", f"{budget}.json"]
-        assert main([*LEARN, "--solver", solver, *more]) == 0
+        assert main([*argv, *more]) == 0
         assert artlib.Schedule.load(f"{budget}.json").provenance["nfe"] <= budget
 
 
@@ -336,7 +367,7 @@ def test_batches_are_the_whole(here: Path, capsys: Any) -> None:
     assert other.provenance["trajectories"] == 12
 
 
-@pytest.mark.parametrize("more", [[], ["--solver", "heun"]])
+@pytest.mark.parametrize("more", [[], ["--solver", "heun", "--weight", "local"]])
 def test_interrupted_paths_are_kept(here: Path, more: list[str], capsys: Any) -> None:
     import stream_module
 

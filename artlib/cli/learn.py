@@ -17,10 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._common.console import printable, say
-from ..control.closed_form import StiffnessTable, error_table, stiffness_table
+from ..control.closed_form import StiffnessTable, art, error_table, stiffness_table
 from ..flow.flow import ProbabilityFlow
 from ..rl.actor_critic import ActorCritic
 from ..schedules.constructors import Schedule, edm, log_snr
+from ..schedules.schedule import describe_origin
 from .kept import KeptTable, digest
 from .sources import (
     STDOUT,
@@ -51,7 +52,8 @@ def learn(args: argparse.Namespace) -> None:
     check_free(args.output, args.force)
     _check_output(args.output)
     _check_checkpoint(args, team)
-    points, method, total = _plan(args.points, args.budget, args.solver)
+    judged = _judged(args)
+    points, method, total = _plan(args.points or 64, args.budget, args.solver)
     source = source_of(args, team)
     x_T = source.noise(args.samples, args.seed)
     flow = source.flow
@@ -62,9 +64,17 @@ def learn(args: argparse.Namespace) -> None:
     batch = _batch(args)
     parts = -(-args.samples // batch)
     total = total + (parts - 1) * (total - CHECKS)
-    bar = tqdm(total=total, desc="paths", unit="NFE", disable=hidden(args, main))
+    bar = tqdm(
+        total=None if judged else total,  # how many runs there are is found on the way
+        desc="paths and runs" if judged else "paths",
+        unit="NFE",
+        disable=hidden(args, main),
+    )
     with bar:
         flow = flow.with_denoiser(_Watched(flow.denoiser, bar))
+        if judged:
+            _deliver_judged(args, source, flow, x_T)
+            return
         if args.method == "closed":
             table = _table(args, source, flow, x_T, points, method, batch)
         else:
@@ -90,6 +100,34 @@ def learn(args: argparse.Namespace) -> None:
         schedule = _closed(args, table, source)
     deliver(args.output, schedule.to_json())
     _report(table, schedule, args.output)
+
+
+def _judged(args: argparse.Namespace) -> bool:
+    """Whether densities are run and judged, as `artlib.art` does for a solver."""
+    closed = args.method == "closed" and args.average == "open_loop"
+    return bool(closed and args.solver is not None and args.weight is None)
+
+
+def _deliver_judged(
+    args: argparse.Namespace, source: Source, flow: ProbabilityFlow, x_T: Tensor
+) -> None:
+    """Learn for a solver by the judged rule, write it, and say how it was chosen."""
+    found = art(flow, x_T, solver=args.solver, points=args.points, batch=_batch(args))
+    notes = found.provenance
+    origin = describe_origin(notes["made_by"], {**notes, "source": source.label})
+    schedule = replace(found, _provenance=origin)
+    deliver(args.output, schedule.to_json())
+    where = "standard output" if args.output == STDOUT else args.output
+    steps = ", ".join(map(str, notes["steps"]))
+    lines = [
+        f"{printable(schedule.name)} written to {where}; {notes['nfe']} network "
+        "evaluations",
+        f"densities run with {steps} steps, and how far each is behind the best there, "
+        "at worst:",
+    ]
+    ranked = sorted(notes["disadvantage"].items(), key=lambda item: item[1])
+    lines += [f"  {label:44} {behind:8.3f}" for label, behind in ranked]
+    say("\n".join(lines), error=args.output == STDOUT)
 
 
 def _closed(
@@ -222,6 +260,20 @@ def _check_checkpoint(args: argparse.Namespace, team: Any | None) -> None:
             f"{option}: goes with --method closed; the paper's actor-critic learns for "
             "Euler, from all trajectories at once"
         )
+    if args.weight is not None and args.solver is None:
+        raise InputError("--weight: it says how to match a solver; name one: --solver")
+    if _judged(args):
+        given = {
+            "--budget": args.budget is not None,
+            "--checkpoint": args.checkpoint is not None,
+            "several processes": team is not None,
+        }
+        for what, there in given.items():
+            if there:
+                raise InputError(
+                    f"--solver: {what} cannot go with it, for densities are run and "
+                    "judged together; add --weight local, which runs none"
+                )
     if args.checkpoint is None:
         return
     if args.method == "closed" and team is not None:

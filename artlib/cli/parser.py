@@ -189,15 +189,22 @@ def _parser() -> argparse.ArgumentParser:
         "--solver",
         choices=_Solvers(),
         metavar="NAME",
-        help="closed form: match this solver's own error; by default the paper's |Q|, "
-        "which is Euler's; one of %(choices)s",
+        help="closed form: for this solver, the best of a few densities by the error "
+        "that arrives; by default the paper's |Q|, and none is run; one of %(choices)s",
+    )
+    one.add_argument(
+        "--weight",
+        choices=("local",),
+        help="with --solver: by the solver's own error where it is made, nothing run",
     )
     _add_samples(one, 64, "trajectories")
     one.add_argument(
         "--batch", type=_count, help="closed form: trajectories computed together (all)"
     )
     one.add_argument("--checkpoint", help="file to write on the way and to resume from")
-    one.add_argument("--points", type=_count, default=64, help="times on a path (64)")
+    one.add_argument(
+        "--points", type=_count, help="times on a path (64; 40 where densities are run)"
+    )
     one.add_argument(
         "--budget", type=_count, help="at most so many network evaluations (batches)"
     )

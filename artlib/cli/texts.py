@@ -82,7 +82,12 @@ the steps where bending is dear. The default, the closed form, is done after tha
   artlib learn mymodule:make -o s.json --process ve:0.002,80 --shape 3,32,32
   artlib learn path/to/pipeline -o s.json --class-label 3
   artlib learn path/to/sd -o s.json --condition prompts.safetensors --guidance 7.5
+  artlib learn fashion-base -o s.json --solver dpmpp_2m
   artlib learn fashion-base -o s.json --method rl --checkpoint run.safetensors
+
+With --solver a few densities are run at 5, 10 and 20 evaluations, as artlib.art does,
+and the one that is least behind is written; --weight local measures the solver's own
+error along the paths instead, and goes with --budget and --checkpoint.
 
 A condition file holds further arguments of the network, one row each or one per sample,
 for example encoder_hidden_states and unconditional.encoder_hidden_states.
