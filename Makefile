@@ -26,7 +26,7 @@ help:
 	@echo "make full CHAPTER=17 SECONDS=480  the same in slices: stops, and goes on when given again"
 	@echo "make zoo                  train the networks that are not fully trained yet (use a GPU)"
 	@echo "make cifar                fetch CIFAR-10 (139 MB), check it, keep it outside the repository"
-	@echo "make bench                ratios: sampling overhead, cost of the closed form and of Q"
+	@echo "make bench                ratios: sampling overhead, cost of the closed form, of Q and of rivals"
 	@echo "make clean                remove what was built (not $(VENV))"
 
 setup: $(INSTALLED)

@@ -156,14 +156,19 @@ def tune(
             evaluations, or the file belongs to another call.
 
     Warns:
-        UserWarning: If the reference is too coarse to judge by.
+        UserWarning: If the reference is too coarse to judge by, or the denoiser gives
+            NaN on the way; the best plan known is returned then.
     """
     check_flow(flow)
     check_share(held_out_share, len(check_samples(x_T)))
     several = isinstance(nfe, Iterable) and not isinstance(nfe, str)
     budgets: list[Any] = list(nfe) if several else [nfe]  # type: ignore[arg-type]
+    if isinstance(solvers, str):
+        raise TypeError(
+            f"solvers: expected several, got the text {solvers!r}; pass [{solvers!r}]"
+        )
     for number in budgets:
-        if positive_int(number, "nfe") < 2:
+        if positive_int(number, "nfe", minimum=-(1 << 62)) < 2:
             raise ValueError(
                 f"nfe: expected at least 2, got {number}; one evaluation gives the "
                 "mean of the data from any noise"
@@ -308,6 +313,7 @@ class _Search:
         self.learn, self.judge = learn, judge
         self.schedules, self.nfe, self.limit = schedules, nfe, limit
         self.evaluations = evaluations or 300 * nfe
+        self.broken = 0  # refinements that ended on NaN or infinity
         self.kinds = [k for k in kinds if _steps(k.evaluations, nfe)]
 
     def run(self, *, progress: bool) -> Plan:
@@ -323,6 +329,11 @@ class _Search:
                 tried.append(self.untold(label, kind))
                 bar.update()
             tried.sort(key=lambda c: c.score)
+            if not math.isfinite(tried[0].score):
+                raise ValueError(
+                    f"flow: all {len(tried)} runs of {self.nfe} evaluations gave NaN "
+                    "or infinity, with every solver and schedule; check the denoiser"
+                )
             finalists = self.first(tried)
             for candidate in list(finalists):
                 told = self.told(candidate)
@@ -387,8 +398,9 @@ class _Search:
         if time.monotonic() > self.limit or candidate.plan.steps < 2:
             return None
         start = self.schedules[candidate.plan.provenance["label"]]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # no gain is no fault here
+        with warnings.catch_warnings(record=True) as caught:
+            # No gain is no fault here; what else is said, `judged` says for all.
+            warnings.simplefilter("always", UserWarning)
             try:
                 plan: Plan | Schedule = refine(
                     start,
@@ -402,7 +414,9 @@ class _Search:
                     batch=self.learn.batch,
                 )
             except ValueError:  # a refinement that diverges loses nothing
+                self.broken += 1
                 return None
+        self.broken += any("gave NaN or infinity" in str(w.message) for w in caught)
         if plan.provenance["error_after"] == plan.provenance["error_before"]:
             return None  # the start came back
         name = f"{candidate.plan.name}, refined"
@@ -426,16 +440,28 @@ class _Search:
         self, tried: Sequence[_Candidate], finalists: Sequence[_Candidate]
     ) -> Plan:
         """The finalist that errs least on noise that none has seen."""
-        rows = []
+        rows: list[tuple[Size, np.ndarray, Plan]] = []
         for c in finalists:
             told = None if c.plan.is_honest else c.plan.told
             errors = self.judge.errors(c.plan.nodes, c.plan.solver, told)
             rows.append((Size.of(errors), errors, c.plan))
         rows.sort(key=lambda row: row[0].rms * row[0].mean)
         size, errors, best = rows[0]
-        check_reference(self.judge, size.mean)
+        finite = math.isfinite(size.mean)
+        if finite:
+            check_reference(self.judge, size.mean)
+        else:
+            best = min(finalists, key=lambda c: c.score).plan
+        lost = sum(not math.isfinite(row[0].mean) for row in rows)
+        if lost or self.broken:
+            warnings.warn(
+                f"tune: {self.broken} refinements and {lost} of {len(rows)} finalists "
+                "gave NaN or infinity, though runs before did not; the best plan "
+                f"known, {best.name}, is returned. Check the denoiser",
+                stacklevel=3,
+            )
         lead = None
-        if len(rows) > 1 and len(errors) > 1:
+        if finite and len(rows) > 1 and len(errors) > 1:
             lead = {"over": rows[1][2].name, **_lead(errors, rows[1][1])}
         return Plan.made(
             best.process,

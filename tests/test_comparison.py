@@ -824,6 +824,36 @@ def test_nfe_ratio_of_a_goal_that_is_not_reached():
     assert at_once == (1.0, 1.0, 1.0)
 
 
+def test_evaluations_needed_are_those_of_the_power_laws():
+    """Errors c n^-2: the same error as 35 and 19 of EDM takes sqrt(c) times as many."""
+    rng = np.random.default_rng(7)
+    hard = np.exp(rng.normal(size=80))
+    counts = [3, 5, 8, 12, 20]
+    scale = {"EDM": 1.0, "half": 0.25, "tenth": 0.01}
+    errors = {
+        (K, label): c * hard * K**-2.0 for K in counts for label, c in scale.items()
+    }
+    errors |= {(K, "goal"): hard * K**-2.0 for K in (19, 35)}
+    table = made_up(errors)
+    goals = {f"EDM at {K}": ("euler", K, "goal") for K in (35, 19)}
+    for measure in ("median", "error"):
+        found = artlib.nfe_needed(
+            table, "euler", goals, labels=["half", "tenth", "EDM"], measure=measure
+        )
+        assert list(found) == ["half", "tenth", "EDM"]
+        np.testing.assert_allclose(found["half"]["EDM at 35"], 17.5, rtol=1e-3)
+        np.testing.assert_allclose(found["half"]["EDM at 19"], 9.5, rtol=1e-3)
+        np.testing.assert_allclose(found["tenth"]["EDM at 35"], 3.5, rtol=1e-3)
+        assert found["tenth"]["EDM at 19"].value == 3  # its first point, a bound
+        assert np.isnan(found["EDM"]["EDM at 35"].value)
+        assert found["EDM"]["EDM at 35"].high == np.inf
+    every = artlib.nfe_needed(table, "euler", {"one": ("euler", 8, "EDM")})
+    assert set(every) == {*scale, "goal"}
+    assert every["EDM"]["one"].value == pytest.approx(8)
+    with pytest.raises(ValueError, match="goals, labels: expected at least one each"):
+        artlib.nfe_needed(table, "euler", {})
+
+
 def test_files_keep_four_digits_of_every_sample_in_little_room(tmp_path):
     rng = np.random.default_rng(6)
     table = Comparison(count=48)

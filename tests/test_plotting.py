@@ -34,7 +34,18 @@ TABLE = StiffnessTable(
 NOISE = torch.randn(5, 1, 4, 6, generator=torch.Generator().manual_seed(0)).tanh()
 PATHS = torch.linspace(3, 0, 7).double(), torch.randn(7, 40, 1).double()
 
+NEEDED = {
+    "tuned": {"EDM, 35": (9.0, 8.5, 9.7), "EDM, 19": (6.0, 5.5, 6.4)},
+    "ART, UniPC-3": {"EDM, 35": (14.0, 12.0, np.inf), "EDM, 19": (8.0, 7.0, 8.4)},
+    "EDM, Euler": {
+        "EDM, 35": (np.nan, np.inf, np.inf),
+        "EDM, 19": (np.nan, 30, np.inf),
+    },
+}
+GOALS = {"EDM, 35": 35, "EDM, 19": 19}
+
 EXAMPLES = {
+    "needed": lambda: plotting.plot_needed(NEEDED, goals=GOALS),
     "clock": lambda: plotting.plot_clock(SCHEDULES),
     "speed": lambda: plotting.plot_speed(SCHEDULES),
     "stiffness": lambda: plotting.plot_stiffness(TABLE),
@@ -337,6 +348,41 @@ def test_error_draws_mean_band_and_floor():
     assert axes.get_ylim()[0] < 0.02
 
 
+def test_needed_draws_values_intervals_and_what_is_not_reached():
+    figure = plotting.plot_needed(NEEDED, goals=GOALS)
+    (axes,) = figure.axes
+    edge = axes.get_xlim()[1]
+    assert edge > 35
+    assert [t.get_text() for t in axes.get_yticklabels()] == list(NEEDED)
+    lines = axes.get_lines()
+    for name in GOALS:
+        (dots,) = [line for line in lines if line.get_label() == name]
+        values = [found[name][0] for found in NEEDED.values()]
+        np.testing.assert_array_equal(dots.get_xdata(), values)
+        color = dots.get_color()
+        spans = [
+            tuple(line.get_xdata())
+            for line in lines
+            if line.get_color() == color and len(line.get_xdata()) == 2
+        ]
+        own = (float(GOALS[name]),) * 2
+        assert own in [tuple(float(v) for v in s) for s in spans]
+        drawn = [s for s in spans if s != (GOALS[name],) * 2]
+        ends = [found[name][1:] for found in NEEDED.values()]
+        expected = [tuple(edge if np.isinf(v) else v for v in pair) for pair in ends]
+        np.testing.assert_allclose(drawn, expected)
+        arrows = [
+            line.get_ydata()[0]
+            for line in lines
+            if line.get_marker() == ">" and line.get_color() == color
+        ]
+        open_rows = [i for i, pair in enumerate(ends) if np.isinf(pair[1])]
+        np.testing.assert_array_equal(np.round(arrows), open_rows)
+    # The first row is at the top.
+    low, high = axes.get_ylim()
+    assert low > high
+
+
 def test_paths_draw_states_and_normalised_laws():
     times, states = PATHS
     coarse = times[::3], states[::3, :2]
@@ -461,6 +507,17 @@ def test_samples_frame_the_marked_images_and_draw_colours():
             "quantiles: expected",
         ),
         (lambda: plotting.plot_error({}), ValueError, "results: got an empty dict"),
+        (lambda: plotting.plot_needed({}), ValueError, "needed: expected row -> goal"),
+        (
+            lambda: plotting.plot_needed({"a": {"g": (5.0, 4.0)}}),
+            ValueError,
+            r"needed\['a'\]\['g'\]: expected three positive numbers",
+        ),
+        (
+            lambda: plotting.plot_needed(NEEDED, goals={"other": 3}),
+            ValueError,
+            "goals: expected some of .* got \\['other'\\]",
+        ),
         (
             lambda: plotting.plot_error({"a": ([3, 5], [[0.1, 0.0]])}),
             ValueError,

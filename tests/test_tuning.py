@@ -110,7 +110,8 @@ def test_a_refinement_that_diverges_loses_nothing(
 
     monkeypatch.setattr(tuning, "refine", diverges)
     flow, x = problem(12)
-    plan = artlib.tune(flow, x, nfe=4, schedules=SCHEDULES, **OPTIONS)
+    with pytest.warns(UserWarning, match="tune: 3 refinements .* is returned"):
+        plan = artlib.tune(flow, x, nfe=4, schedules=SCHEDULES, **OPTIONS)
     assert plan.nfe == 4
 
 

@@ -6,7 +6,8 @@
 3. The acceleration by forward mode (jvp) against the difference along the path.
 4. ART-RL against the closed form, in seconds, evaluations and cost: by number of
    trajectories, steps and dimension, and on a GPU where there is one.
-5. The exact distance on Gaussian data, and the search for the oracle.
+5. The closed form, GITS and LD3 (as rebuilt in `artlib.rivals`) on the same noise.
+6. The exact distance on Gaussian data, and the search for the oracle.
 
 Processor time, not time on the clock (but where a GPU works beside the processor):
 others on the machine do not count. For that the bench runs on one thread. It exits
@@ -203,6 +204,50 @@ def bench_actor_critic() -> None:
         print(f"{cells} {learned} {table.nfe:8d} {closed:8.2f} {ratio:22.4f}")
 
 
+class Counted(nn.Module):
+    """A network that counts the samples it is asked about."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network, self.samples = network, 0
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.samples += len(x)
+        return self.network(x, t)
+
+
+def bench_rivals() -> None:
+    """Print what a list for 8 steps costs by three ways, as ratios."""
+    network, x_T = problem(32, 16)
+    counted = Counted(network)
+    flow = artlib.ProbabilityFlow(PROCESS, counted)
+
+    def jumps() -> Tensor:
+        return artlib.rivals.euler_jumps(flow, x_T, points=60, method="multistep").grid(
+            8
+        )
+
+    ways: dict[str, Callable[[], object]] = {
+        "closed form": lambda: artlib.art(flow, x_T).grid(8),
+        "GITS": jumps,
+        "LD3": lambda: artlib.rivals.trained_plan(flow, x_T, 8),
+    }
+    jumps()  # the first call is slower
+    spent, seconds = [], []
+    for run in ways.values():
+        counted.samples, start = 0, time.process_time()
+        run()
+        seconds.append(time.process_time() - start)
+        spent.append(counted.samples / len(x_T))
+    print(
+        "\na list for 8 steps from 32 noises of 16 x 16, teachers included: "
+        f"{' : '.join(ways)}\n  a gradient counts as its forward pass"
+    )
+    for what, row in (("evaluations a noise", spent), ("processor time", seconds)):
+        ratios = " : ".join(f"{value / row[0]:.3g}" for value in row)
+        print(f"  {what:20s} {ratios:>20s}   (closed form {row[0]:.3g})")
+
+
 def bench_exact() -> None:
     """Print what an exact distance and an oracle cost."""
     many = torch.arange(1, 3073, dtype=torch.float64) ** -1.2
@@ -223,6 +268,7 @@ def main() -> None:
     bench_closed_form()
     bench_acceleration()
     bench_actor_critic()
+    bench_rivals()
     bench_exact()
     if worst > LIMIT:
         sys.exit(

@@ -3,7 +3,7 @@
 from .._common.errors import PausedError
 from .bootstrap import Interval
 from .compare import Budgets, ClockFor, Measure, baselines, compare
-from .quality import nfe_ratio, nfe_to_quality
+from .quality import nfe_needed, nfe_ratio, nfe_to_quality
 from .references import references
 from .table import Cell, Comparison, HasGrid, Verdict
 
@@ -19,6 +19,7 @@ __all__ = [
     "Verdict",
     "baselines",
     "compare",
+    "nfe_needed",
     "nfe_ratio",
     "nfe_to_quality",
     "references",

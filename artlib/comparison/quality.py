@@ -2,7 +2,8 @@ r"""Evaluations at equal quality: how many one schedule takes for another's erro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -103,6 +104,64 @@ def nfe_ratio(
     ratio = nfe_to_quality(counts, found[:-1], float(found[-1])) / goal_nfe
     ratios = _crossing(counts, draws[:-1].T, draws[-1]) / goal_nfe
     return percentiles(ratio, np.nan_to_num(ratios, nan=np.inf, posinf=np.inf), level)
+
+
+def nfe_needed(
+    table: Comparison,
+    solver: str,
+    goals: Mapping[str, Cell],
+    *,
+    labels: Sequence[str] | None = None,
+    measure: str = "median",
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, dict[str, Interval]]:
+    """Evaluations that each row of a table takes for the quality of other cells.
+
+    `nfe_ratio` for every row and goal, in evaluations: for `plotting.plot_needed`.
+
+    Args:
+        table: Measured with references, see `compare`.
+        solver: Of the rows.
+        goals: Label -> cell whose error is to be reached, for example ``{"EDM with
+            Heun, 35 evaluations": ("heun", 18, "EDM")}``.
+        labels: The rows, by default all of the solver.
+        measure: See `nfe_ratio`.
+        level: See `nfe_ratio`.
+        resamples: See `nfe_ratio`.
+        seed: See `nfe_ratio`.
+
+    Returns:
+        Row -> goal -> evaluations with their interval; NaN where the row does not come
+        down to the goal, its ends infinite where draws do not. Where all of the row is
+        below, its first point is an upper bound.
+
+    Raises:
+        KeyError: If a cell was not measured, or no errors of single samples.
+        ValueError: If an argument is out of its range, no goal or no row is given, or
+            an error is 0.
+    """
+    rows = table.labels(solver) if labels is None else list(labels)
+    if not goals or not rows:
+        raise ValueError(
+            f"goals, labels: expected at least one each, got {len(goals)} and "
+            f"{len(rows)}"
+        )
+    options: dict[str, Any] = {"measure": measure, "level": level}
+    options |= {"resamples": resamples, "seed": seed}
+    return {
+        label: {
+            name: Interval(
+                *(
+                    ratio * table.spent(*goal)
+                    for ratio in nfe_ratio(table, solver, label, goal, **options)
+                )
+            )
+            for name, goal in goals.items()
+        }
+        for label in rows
+    }
 
 
 def _crossing(counts: np.ndarray, errors: np.ndarray, goals: np.ndarray) -> np.ndarray:

@@ -185,8 +185,9 @@ def refine(
             its own grid already gives NaN, or the solver cannot be told levels.
 
     Warns:
-        UserWarning: If nothing better than the start was found, or the reference is too
-            coarse to judge by.
+        UserWarning: If nothing better than the start was found, the search ended on a
+            run that gave NaN or infinity (the best before it is returned), or the
+            reference is too coarse to judge by.
     """
     with full_precision():
         problem, start = _problem(
@@ -202,7 +203,15 @@ def refine(
             batch,
         )
         best = _search(problem, start, iterations, evaluations, progress)
-    if best.size is best.start:
+    if not problem.finite:
+        kept = "the start" if best.size is best.start else "the best before it"
+        warnings.warn(
+            f"refine: the search ended on a run that gave NaN or infinity, though the "
+            f"start ({start.name}) did not; {kept} is returned. Check the denoiser at "
+            "times and levels other than the start's, or pass a smaller evaluations",
+            stacklevel=2,
+        )
+    elif best.size is best.start:
         warnings.warn(
             f"refine: nothing better than the start ({start.name}) was found on the "
             f"{len(problem.judging.x)} held-out noises, so it is returned; pass more "
@@ -265,7 +274,7 @@ def _search(
     free = _free(start, problem, nodes)
     if problem.told:
         levels = calibrated_levels(problem.moving, free, solver_of(problem.solver))
-        best.offer(free, levels, problem.judging.size(free, problem.solver, levels))
+        best.offer(free, levels, problem.judged(free, levels))
     z = problem.parameters(free, levels)
     if not len(z):
         return best
@@ -274,7 +283,7 @@ def _search(
 
     def after_iteration(intermediate_result: Any) -> None:
         moved, told = problem.unpacked(torch.from_numpy(intermediate_result.x))
-        size = problem.judging.size(moved, problem.solver, told)
+        size = problem.judged(moved, told)
         best.offer(moved, told, size)
         bar.update()
         spent = problem.moving.counter.nfe >= limit
@@ -348,6 +357,7 @@ class _Problem:
     moving: Noise  # what moves the nodes
     judging: Noise  # and what is held out
     gradient: str = field(default="autograd")
+    finite: bool = field(default=True)  # the last run
 
     def parameters(self, nodes: Tensor, told: Tensor | None) -> Tensor:
         """Numbers without bounds: K - 1 of the nodes, and K of the levels told."""
@@ -384,11 +394,18 @@ class _Problem:
         }
         return exponents[self.objective]
 
+    def judged(self, nodes: Tensor, told: Tensor | None) -> Size:
+        """The size of the errors on the held-out noise."""
+        size = self.judging.size(nodes, self.solver, told)
+        self.finite = math.isfinite(size.rms)
+        return size
+
     def value(self, nodes: Tensor, told: Tensor | None) -> float:
         """Log of the error that is minimised."""
         size = self.moving.size(nodes, self.solver, told)
         norm, square = self.powers
-        if not math.isfinite(size.rms):
+        self.finite = math.isfinite(size.rms)
+        if not self.finite:
             return _HOPELESS
         return norm * _log(size.mean) + square * _log(size.rms**2)
 
@@ -402,7 +419,8 @@ class _Problem:
                 nodes, told = self.unpacked(at)
                 squares = noise.squares(nodes, self.solver, told)
                 both = torch.stack([(squares + 1e-300).sqrt().mean(), squares.mean()])
-                if not bool(torch.isfinite(both).all()):
+                self.finite = bool(torch.isfinite(both).all())
+                if not self.finite:
                     return _HOPELESS, np.zeros_like(z)
                 means += share * both.detach().cpu().numpy()
                 wanted = [i for i, power in enumerate(self.powers) if power]

@@ -25,6 +25,7 @@ before, by learning both (LD3, https://arxiv.org/abs/2405.15506).
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -130,10 +131,11 @@ def tell(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If one is out of its range, ``schedule`` belongs to another process,
-            or the solver cannot be told levels.
+            its own grid gives NaN, or the solver cannot be told levels.
 
     Warns:
-        UserWarning: If the reference is too coarse to judge by.
+        UserWarning: If the reference is too coarse to judge by, or the levels found
+            give NaN.
     """
     check_flow(flow)
     check_process(schedule, flow.process)
@@ -148,12 +150,26 @@ def tell(
     check_share(held_out_share, len(check_samples(x_T)))
     noise = matched_noise(flow, x_T, reference, batch)
     learn, judge = halves(noise, held_out_share)
+    honest = judge.size(nodes, kind)
+    if not math.isfinite(honest.mean):
+        raise ValueError(
+            f"schedule: its own grid of {K} steps gives NaN or infinity with "
+            f"{kind.name}; check the denoiser, or take another schedule"
+        )
     bar = tqdm(desc="tell", unit="run", disable=not progress)
     with bar:
         inner, last = _calibrated(flow.process, nodes, kind, learn, bar)
     told = told_levels(flow.process, nodes, kind, inner, last)
-    honest, after = judge.size(nodes, kind), judge.size(nodes, kind, told)
-    check_reference(judge, after.mean)
+    after = judge.size(nodes, kind, told)
+    if math.isfinite(after.mean):
+        check_reference(judge, after.mean)
+    else:
+        warnings.warn(
+            "tell: a run with the levels found gave NaN or infinity, though the honest "
+            "one did not, and the honest plan is returned; check the denoiser at "
+            "levels between the nodes",
+            stacklevel=2,
+        )
     accepted = after.no_worse_than(honest) and after.mean < honest.mean
     if not accepted:
         told, inner, last, after = nodes[:-1], 0.0, 0.0, honest

@@ -7,6 +7,7 @@ r"""Figures: one function a picture, one style and one palette for all of them.
 | `plot_stiffness` | :math:`\lvert Q\rvert` of eq. (8) over time |
 | `plot_steps` | where the K steps of each schedule fall |
 | `plot_error` | error against NFE |
+| `plot_needed` | NFE that each row takes for the same error |
 | `plot_paths` | one-dimensional trajectories and the laws at their ends |
 | `plot_samples` | images from the same noise, a row per schedule |
 
@@ -23,6 +24,7 @@ References:
 from __future__ import annotations
 
 from .curves import plot_error, plot_stiffness
+from .needed import plot_needed
 from .paths import plot_paths
 from .samples import plot_samples
 from .schedules import plot_clock, plot_speed, plot_steps
@@ -36,6 +38,7 @@ __all__ = [
     "looks",
     "plot_clock",
     "plot_error",
+    "plot_needed",
     "plot_paths",
     "plot_samples",
     "plot_speed",

@@ -20,7 +20,7 @@ from .._common.precision import as_double, full_precision, holds_double
 from ..flow.flow import ProbabilityFlow
 from . import multistep
 from .position import Evaluated, Position, nodes_of
-from .solver import Solver, SolverLike, solver_of, take_step
+from .solver import Solver, SolverLike, check_states, solver_of, take_step
 
 StepCallback: TypeAlias = Callable[[int, float, Tensor], object]
 """Called as ``callback(step, t, x)``; what it returns is ignored."""
@@ -93,7 +93,7 @@ def _advanced(kind: Solver, position: Position, *, to_zero: bool) -> Tensor:
         flow, x, t, s = position.flow, position.x, position.t, position.s
         return take_step(kind.step, flow, x, t, s)
     assert kind.advance is not None
-    return kind.advance(position)
+    return check_states(kind.advance(position), position.x, "advance(position)")
 
 
 class _Run:

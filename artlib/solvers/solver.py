@@ -89,6 +89,15 @@ class Solver:
                 "advance: expected a function of a position that returns the states "
                 f"at position.s, got {type(self.advance).__name__}"
             )
+        try:
+            inspect.signature(self.advance).bind(None)
+        except ValueError:  # a builtin without a signature: its first call will tell
+            pass
+        except TypeError as error:
+            raise TypeError(
+                "advance: expected a function of one argument, the position, but it "
+                f"does not take that alone ({error})"
+            ) from error
         for field in ("order", "evaluations"):
             if not getattr(self, field):
                 raise ValueError(f"{field}: expected at least 1 of a solver, got 0")
@@ -209,17 +218,32 @@ def take_step(
         ValueError: If it returns another shape.
     """
     y = step(flow, x.clone(), t.clone(), s.clone())
+    return check_states(y, x, "step(flow, x, t, s)").to(x)
+
+
+def check_states(y: Any, x: Tensor, taker: str) -> Tensor:
+    """What a step returned, if it may be the states at the next node.
+
+    Args:
+        y: What came back.
+        x: The states that the step started from.
+        taker: How the step is called, for the message.
+
+    Raises:
+        TypeError: If it is no tensor.
+        ValueError: If it has another shape.
+    """
     if not isinstance(y, Tensor):
         raise TypeError(
-            "solver: step(flow, x, t, s) has to return the states at s as a tensor, "
-            f"got {type(y).__name__}"
+            f"solver: {taker} has to return the states at s as a tensor, got "
+            f"{type(y).__name__}"
         )
     if y.shape != x.shape:
         raise ValueError(
-            f"solver: step(flow, x, t, s) has to return the shape {tuple(x.shape)} of "
-            f"its states, got {tuple(y.shape)}"
+            f"solver: {taker} has to return the shape {tuple(x.shape)} of its states, "
+            f"got {tuple(y.shape)}"
         )
-    return y.to(x)
+    return y
 
 
 def _name(step: Any) -> str:
