@@ -153,6 +153,20 @@ def test_what_is_outside_is_no_rival_of_ties(
     assert rows["bound"][0][-1] == "]"
 
 
+def test_a_mean_has_no_digits_beyond_those_of_its_spread(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = {
+        "noise": [[-0.652, 0.660]],
+        "number": [[1.00, 1.02]],
+        "same": [[0.01, 0.01]],
+    }
+    found = shown(capsys, rows, columns=["a"])
+    assert found["noise"] == ["0.004 ± 0.928"]
+    assert found["number"] == ["1.01 ± 0.01"]
+    assert found["same"] == ["0.0100 ± 0.0000"]
+
+
 @pytest.mark.parametrize(
     ("value", "digits", "written"),
     [

@@ -350,7 +350,11 @@ def _written(
     if values.ndim == 0 or values.size < 2 or not intervals or "e" in number:
         return number, ""
     spread = float(values.std(ddof=1))
-    return number, f"\N{PLUS-MINUS SIGN} {spread:,.{_places(number)}f}"
+    places = _places(number)
+    if spread > 0 and (known := _places(_number(spread, 3))) < places:
+        # What is smaller than its spread has no digits beyond those of the spread.
+        number, places = f"{values.mean():,.{known}f}", known
+    return number, f"\N{PLUS-MINUS SIGN} {spread:,.{places}f}"
 
 
 def _note(
