@@ -107,6 +107,66 @@ def test_groups_have_a_best_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(pattern, text, re.MULTILINE)
 
 
+def test_comparisons_are_groups_with_a_best_each(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # "a" is ahead on the one and behind on the other, in every sample.
+    errors = np.exp(np.random.default_rng(0).standard_normal((2, 50)))
+    one = measured({"a": errors, "b": 2 * errors})
+    two = measured({"a": 2 * errors, "b": errors})
+    for table in (one, two):
+        for row in table.cells["heun 5"].values():
+            row["median"] = row["error"]
+    measures = {"rms": "error", "median": "median"}
+    both = {"one": one, "two": two}
+    book.table(both, "heun", measures, caption="x", intervals=False)
+    marked, group = {}, ""
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith(("one", "two")):
+            group = line
+        elif line.endswith("*"):
+            marked[group] = line[0]
+    names = ["one, rms", "one, median", "two, rms", "two, median"]
+    assert list(marked.items()) == list(zip(names, "aabb", strict=True))
+    other = Comparison({"heun 7": one.cells["heun 5"]}, {"heun 7": 13}, 50)
+    with pytest.raises(ValueError, match="'two' has the NFE"):
+        book.table({"one": one, "two": other}, "heun", caption="x")
+
+
+def test_of_scores_the_most_is_the_best(capsys: pytest.CaptureFixture[str]) -> None:
+    scores = {"low": [1.0, 2.0], "once ahead": [2.5, 2.7], "high": [2.4, 3.0]}
+    cells = {"heun 5": {k: {"score": v} for k, v in scores.items()}}
+    found = Comparison(cells, {"heun 5": 9}, 4)
+    rows = shown(capsys, found, "heun", "score", best="most", intervals=False)
+    assert [rows[k][0] for k in scores] == ["1.50", "2.60~", "2.70*"]
+
+
+def test_what_is_outside_is_no_rival_of_ties(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rng = np.random.default_rng(0)
+    errors = np.exp(rng.standard_normal((2, 200)))
+    near = errors * np.exp(0.01 * rng.standard_normal(errors.shape))
+    found = measured({"a": errors, "b": near, "bound": errors / 9})
+    rows = shown(capsys, found, "heun", outside=["bound"])
+    assert sorted(rows[k][0][-1] for k in "ab") == ["*", "~"]
+    assert rows["bound"][0][-1] == "]"
+
+
+def test_a_mean_has_no_digits_beyond_those_of_its_spread(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = {
+        "noise": [[-0.652, 0.660]],
+        "number": [[1.00, 1.02]],
+        "same": [[0.01, 0.01]],
+    }
+    found = shown(capsys, rows, columns=["a"])
+    assert found["noise"] == ["0.004 ± 0.928"]
+    assert found["number"] == ["1.01 ± 0.01"]
+    assert found["same"] == ["0.0100 ± 0.0000"]
+
+
 @pytest.mark.parametrize(
     ("value", "digits", "written"),
     [

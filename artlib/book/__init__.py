@@ -13,6 +13,8 @@ functions here behave alike in all three, so that a chapter never asks where it 
   full run only, which may be one of many slices of time (`artlib.book.slices`);
   :func:`comparison` does that for tables of schedules, and checks a part, and
   :func:`learned` for schedules, :func:`plan_table` for plans.
+* :func:`train_and_note` trains the actor-critic in a full run; :func:`learned_clock` is
+  the clock of its notes, :func:`clock_prices` what a clock of K steps costs.
 """
 
 from .display import SOLVER_NAMES, table
@@ -20,17 +22,21 @@ from .plans import plan_table
 from .results import load_results, made, save_results, scratch
 from .surroundings import FIGURE_DPI, GLUED, device, full, glue, show
 from .tables import Listed, comparison, learned
+from .trainings import clock_prices, even_times, learned_clock, train_and_note
 
 __all__ = [
     "FIGURE_DPI",
     "GLUED",
     "SOLVER_NAMES",
     "Listed",
+    "clock_prices",
     "comparison",
     "device",
+    "even_times",
     "full",
     "glue",
     "learned",
+    "learned_clock",
     "load_results",
     "made",
     "plan_table",
@@ -38,4 +44,5 @@ __all__ = [
     "scratch",
     "show",
     "table",
+    "train_and_note",
 ]

@@ -17,7 +17,7 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 
@@ -56,9 +56,9 @@ _GAP = "\N{EN DASH}"
 
 
 def table(
-    rows: Comparison | Mapping[Any, Row],
+    rows: Comparison | Mapping[str, Comparison] | Mapping[Any, Row],
     solver: str | None = None,
-    measure: str = "error",
+    measure: str | Mapping[str, str] = "error",
     *,
     caption: str,
     name: str = "",
@@ -75,9 +75,11 @@ def table(
 
     Args:
         rows: A `Comparison`, or label -> row. A label that is a pair puts the row into
-            a group: ``("digits", "EDM")``; the best is then the best of the group.
+            a group: ``("digits", "EDM")``; the best is then the best of the group. Or
+            name -> `Comparison`, all with the same NFE: each is a group.
         solver: Of a comparison: whose cells.
-        measure: Of a comparison: which number.
+        measure: Of a comparison: which number; or name -> which number, of one unit,
+            each a group: ``{"rms": "error", "median": "median"}``.
         caption: What the numbers are, **with their unit**. Backticks are code. How the
             best is marked is added.
         name: To refer to the table by number, ``{numref}`tab-name```.
@@ -96,19 +98,17 @@ def table(
         ValueError: If a row has another number of cells than there are columns, or
             nothing is there to show.
     """
-    if isinstance(rows, Comparison):
-        if solver is None:
-            raise ValueError(
-                "solver: a comparison has a table for each solver, name one of "
-                f"{sorted({key.split()[0] for key in rows.cells})}"
-            )
-        heads, cells, tied = _of_comparison(rows, solver, measure, columns, labels)
-        corner = "NFE" if corner is None else corner
+    measured = _measured(rows)
+    tied: list[set[Any]] | None = None
+    if measured:
         best = "least" if best == "as measured" else best
+        corner = "NFE" if corner is None else corner
+        heads, cells, tied = _of_comparisons(
+            measured, solver, measure, columns, labels, outside, most=best == "most"
+        )
     else:
         best = None if best == "as measured" else best
-        heads, cells = _of_rows(rows, columns)
-        tied = None
+        heads, cells = _of_rows(cast("Mapping[Any, Row]", rows), columns)
     if not cells:
         raise ValueError("rows: expected at least one row, got none")
     marks = _marks(cells, best, outside, tied, digits)
@@ -148,12 +148,64 @@ def _of_rows(
     return [str(column) for column in columns], cells
 
 
+def _measured(rows: Any) -> dict[str, Comparison]:
+    """Group -> comparison, without a name if it is alone; empty for other rows."""
+    if isinstance(rows, Comparison):
+        return {"": rows}
+    if rows and all(isinstance(found, Comparison) for found in rows.values()):
+        return dict(rows)
+    return {}
+
+
+def _of_comparisons(
+    found: Mapping[str, Comparison],
+    solver: str | None,
+    measure: str | Mapping[str, str],
+    columns: Sequence[Any] | None,
+    labels: Sequence[str] | Mapping[str, str] | None,
+    outside: Sequence[str],
+    *,
+    most: bool,
+) -> tuple[list[str], dict[Any, list[Value]], list[set[Any]]]:
+    """Heads, values and ties of all groups; a label alone if there is one group."""
+    if solver is None:
+        every = {key.split()[0] for one in found.values() for key in one.cells}
+        raise ValueError(
+            "solver: a comparison has a table for each solver, name one of "
+            f"{sorted(every)}"
+        )
+    measures = {"": measure} if isinstance(measure, str) else measure
+    heads: list[str] = []
+    cells: dict[Any, list[Value]] = {}
+    tied: list[set[Any]] = []
+    for name, one in found.items():
+        for called, number in measures.items():
+            group = ", ".join(filter(None, [name, called]))
+            its_heads, its_cells, its_ties = _of_comparison(
+                one, solver, number, columns, labels, outside, most=most
+            )
+            if heads and its_heads != heads:
+                raise ValueError(
+                    f"rows: {name!r} has the NFE {its_heads}, the one before it "
+                    f"{heads}; name common numbers of steps in columns"
+                )
+            heads, tied = its_heads, tied or [set() for _ in its_heads]
+            for label, row in its_cells.items():
+                cells[(group, label) if group else label] = row
+            for column, alike in zip(tied, its_ties, strict=True):
+                column |= {(group, x) if group else x for x in alike}
+    return heads, cells, tied
+
+
 def _of_comparison(
     found: Comparison,
     solver: str,
     measure: str,
     columns: Sequence[Any] | None,
     labels: Sequence[str] | Mapping[str, str] | None,
+    outside: Sequence[str],
+    *,
+    most: bool,
 ) -> tuple[list[str], dict[Any, list[Value]], list[set[Any]]]:
     """Heads, values, and for every column the labels that are tied with its best."""
     steps = found.steps(solver) if columns is None else [int(K) for K in columns]
@@ -176,6 +228,7 @@ def _of_comparison(
                 value = found.values(solver, K, label, measure)
             cells[names.get(label, label)].append(value)
         alike: set[Any] = set()
+        here = [x for x in here if names.get(x, x) not in outside]
         if paired and here:
             least = min(here, key=lambda x: cells[names.get(x, x)][-1].value)
             for label in here:
@@ -186,11 +239,12 @@ def _of_comparison(
                     alike.add(names.get(label, label))
         elif here:
             values = {x: found.values(solver, K, x, measure) for x in here}
-            least = min(here, key=lambda x: float(values[x].mean()))
+            sign = -1 if most else 1
+            first = min(here, key=lambda x: float(sign * values[x].mean()))
             alike = {
                 names.get(x, x)
                 for x in here
-                if x != least and not (values[least] < values[x]).all()
+                if x != first and not (sign * values[first] < sign * values[x]).all()
             }
         tied.append(alike)
     return [str(found.nfe[f"{solver} {K}"]) for K in steps], cells, tied
@@ -296,7 +350,11 @@ def _written(
     if values.ndim == 0 or values.size < 2 or not intervals or "e" in number:
         return number, ""
     spread = float(values.std(ddof=1))
-    return number, f"\N{PLUS-MINUS SIGN} {spread:,.{_places(number)}f}"
+    places = _places(number)
+    if spread > 0 and (known := _places(_number(spread, 3))) < places:
+        # What is smaller than its spread has no digits beyond those of the spread.
+        number, places = f"{values.mean():,.{known}f}", known
+    return number, f"\N{PLUS-MINUS SIGN} {spread:,.{places}f}"
 
 
 def _note(

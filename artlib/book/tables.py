@@ -203,8 +203,9 @@ def learned(
 def describe(made: Mapping[str, Any], count: int, seeds: int) -> str:
     """Where a table comes from, in two lines."""
     torch_version = made["versions"]["torch"]
+    times = "" if seeds == 1 else f" for each of {seeds} seeds"
     return (
-        f"{count} samples for each of {seeds} seeds; made {made['date']}\n"
+        f"{count} samples{times}; made {made['date']}\n"
         f"on {made['device']} with torch {torch_version} at {made['commit']}"
     )
 
