@@ -8,6 +8,7 @@ The exit status is 0 only if every check passed.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +20,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHON = [sys.executable, "-m"]
 # Two processes; all tests of a file, and all cells of a notebook, in the same one.
 WORKERS = ["-n", "2", "--dist", "loadfile"]
+
+
+def slowest_first() -> list[str]:
+    """The notebooks, so that no worker is left alone with a long one at the end."""
+    folder = ROOT / "notebooks"
+    known = json.loads((folder / "results" / "runtimes.json").read_text("utf-8"))
+    names = sorted(path.stem for path in folder.glob("*.ipynb"))
+    names.sort(key=lambda name: -known.get(name, {"seconds": 60})["seconds"])
+    return [f"notebooks/{name}.ipynb" for name in names]
+
+
 CHECKS = {
     "lint": [*PYTHON, "ruff", "check", "--quiet"],
     "format": [*PYTHON, "ruff", "format", "--check", "--quiet"],
@@ -33,7 +45,7 @@ CHECKS = {
         "--nbval-current-env",
         "--nbval-cell-timeout=300",
         *WORKERS,
-        "notebooks",
+        *slowest_first(),
     ],
 }
 # The stored outputs come from one CPU thread; two workers on two cores want no more.
@@ -44,8 +56,9 @@ ENVIRONMENT = {
 }
 
 
-# Of one process each: they run side by side.
+# Of one process each: they run side by side. Tests look at the built book.
 ALONGSIDE = ("types", "book")
+AWAITED = {"unit": ("book",), "notebooks": ALONGSIDE}
 
 
 def run(name: str) -> tuple[bool, float]:
@@ -77,8 +90,9 @@ def main(names: list[str]) -> int:
             if name in ALONGSIDE:
                 started[name] = beside.submit(run, name)
                 continue
-            # The others want both cores for themselves.
-            results |= {other: done.result() for other, done in started.items()}
+            for other in AWAITED.get(name, ()):
+                if other in started:
+                    results[other] = started[other].result()
             results[name] = run(name)
         results |= {other: done.result() for other, done in started.items()}
     print("\n== summary")
