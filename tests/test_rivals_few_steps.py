@@ -355,6 +355,7 @@ def test_noise_moves_within_its_ball() -> None:
         assert (max(away) > 1e-6) == (radius > 0)
 
 
+@pytest.mark.usefixtures("as_a_user")
 def test_trained_plan_refuses() -> None:
     problem = mixture_16d(VE(), n=4)
     flow, x_T = problem.flow(), problem.x_T

@@ -93,7 +93,7 @@ def _of_one_cell(row: bytes, measure: str, resamples: int, seed: int) -> np.ndar
     """The statistic on samples drawn again [resamples], by how often each is drawn."""
     errors = np.frombuffer(row)
     n = len(errors)
-    statistic(errors, measure)  # refuses what the errors do not determine
+    statistic(errors[None], measure)  # refuses what the errors do not determine
     order = np.argsort(errors, kind="stable")
     found = []
     for times in _drawn(n, resamples, seed):

@@ -89,7 +89,9 @@ def plot_needed(
         axes.set_yticks(range(len(needed)), list(needed))
         inside = [t for t in _TICKS if left <= t <= edge]
         axes.xaxis.set_major_locator(FixedLocator(inside))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: number(float(value)))
+        )
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(axis="x", which="minor", length=0)
         axes.tick_params(axis="y", length=0)
