@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ._common.version import __version__ as __version__
 
 if TYPE_CHECKING:  # found by `__getattr__` when they are first asked for
-    from ._common.errors import ExportError, ScheduleFormatError
+    from ._common.errors import ExportError, PausedError, ScheduleFormatError
     from .clocks import ExactClock, PredictedClock
     from .comparison import (
         Comparison,
@@ -136,6 +136,7 @@ __all__ = [
     "Gaussian",
     "GaussianMixture",
     "Interval",
+    "PausedError",
     "Plan",
     "PredictedClock",
     "ProbabilityFlow",

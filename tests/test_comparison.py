@@ -899,6 +899,16 @@ def test_draws_are_those_of_the_definition(monkeypatch, held, measure, worst):
     np.testing.assert_array_equal(again, found[::-1])
 
 
+def test_the_least_is_chosen_by_its_measure():
+    """One far sample makes the root mean square; the median does not see it."""
+    table = made_up({(5, "A"): [1.0] * 8 + [9.0], (5, "B"): [2.0] * 9})
+    assert table.least("euler", 5, ["A", "B"]) == "A"
+    assert table.least("euler", 5, ["A", "B"], "error") == "B"
+    assert table.least("euler", 5, ["A"], "error") == "A"
+    with pytest.raises(ValueError, match="labels: expected at least one"):
+        table.least("euler", 5, [])
+
+
 def test_intervals_refused():
     table = made_up({(5, "A"): [0.1, 0.2], (5, "B"): [0.0, 0.3], (5, "C"): [1.0]})
     for arguments, message in (

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import artlib
+from artlib.book import SOLVER_NAMES
 from artlib.comparison import Comparison
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,13 +27,7 @@ RESULTS = ROOT / "notebooks" / "results"
 FOLDER = ROOT / "schedules"
 PAGE = ROOT / "book" / "gallery.md"
 
-SOLVERS = {
-    "euler": "Euler",
-    "heun": "Heun",
-    "rk4": "RK4",
-    "dpmpp_2m": "DPM-Solver++(2M)",
-}
-FORMULAS = ("Uniform", "DPM", "DPM unpinned", "EDM", "EDM unpinned", "KL-optimal")
+FORMULAS = tuple(artlib.baselines(artlib.VE()))
 UNTRAINED = ("EDM", "EDM unpinned", "KL-optimal", "AYS list")
 """With a solver behind each, what a tuned plan is compared with."""
 
@@ -212,40 +206,29 @@ def worth(entry: Entry, table: Comparison) -> Iterator[dict[str, Any]]:
     Yields:
         ``solver`` and ``nfe``; for ``"error"`` (root mean square) and ``"median"`` the
         ratio to the untrained rival that is best by that measure, with its 95 %
-        interval, and that rival; and the ``verdict`` over both.
+        interval, and that rival; and the ``verdict`` over both and all rivals.
     """
     for solver, K in entry.judged:
         row = table.samples[f"{solver} {K}"]
         rivals = [label for label in row if label.split(",")[0] in _rivals(solver)]
-        cell: dict[str, Any] = {"solver": SOLVERS.get(solver, entry.label)}
+        cell: dict[str, Any] = {"solver": SOLVER_NAMES.get(solver, entry.label)}
         cell["nfe"] = K if solver == "nfe" else table.nfe[f"{solver} {K}"]
         for measure in ("error", "median"):
-            size = {
-                label: float(_size(table.sample_errors(solver, K, label), measure))
-                for label in rivals
-            }
-            rival = min(size, key=lambda label: size[label])
+            rival = table.least(solver, K, rivals, measure)
             ratio = table.ratio(solver, K, entry.label, rival, measure=measure)
-            cell[measure] = (ratio, rival)
-        both = [cell[measure][0] for measure in ("error", "median")]
-        cell["verdict"] = (
-            "behind"
-            if any(ratio.low > 1 for ratio in both)
-            else "ahead"
-            if all(ratio.high < 1 for ratio in both)
-            else "open"
-        )
+            cell[measure] = (ratio, _called(rival))
+        cell["verdict"] = table.verdict(solver, K, entry.label, rivals)
         yield cell
+
+
+def _called(label: str) -> str:
+    """A row as the pages spell it; behind a comma stands its solver."""
+    schedule, comma, solver = label.rpartition(", ")
+    return f"{schedule}{comma}{SOLVER_NAMES.get(solver, solver)}"
 
 
 def _rivals(solver: str) -> tuple[str, ...]:
     return UNTRAINED if solver == "nfe" else FORMULAS
-
-
-def _size(errors: np.ndarray, measure: str) -> float:
-    if measure == "median":
-        return float(np.median(errors))
-    return float(np.sqrt(np.mean(errors**2)))
 
 
 def _ratio(cell: dict[str, Any], measure: str) -> str:
@@ -290,7 +273,9 @@ def gallery() -> tuple[dict[str, str], str]:
             tables[entry.table] = table_of(entry.table)
         cells = list(worth(entry, tables[entry.table]))
         if isinstance(bare := made(entry, []), artlib.Plan):
-            cells = [{**cell, "solver": str(bare.solver)} for cell in cells]
+            cells = [
+                {**cell, "solver": SOLVER_NAMES[str(bare.solver)]} for cell in cells
+            ]
         found = made(entry, cells)
         files[f"{entry.file}.json"] = found.to_json()
         listed.append(_line(_row(entry, found)))
@@ -304,10 +289,10 @@ def _row(entry: Entry, found: artlib.Schedule | artlib.Plan) -> list[str]:
     link = f"{{download}}`{entry.file} <../schedules/{entry.file}.json>`"
     known = found.provenance
     if isinstance(found, artlib.Plan):
-        solver, budget = str(found.solver), f"NFE {found.nfe}"
-        how = f"tuned on {known['noises'][0]} noises"
+        solver, budget = SOLVER_NAMES[str(found.solver)], f"NFE {found.nfe}"
+        how = f"tuned on {sum(known['noises'])} noises"
     else:
-        solver, budget = SOLVERS[known.get("solver", "euler")], "any"
+        solver, budget = SOLVER_NAMES[known.get("solver", "euler")], "any"
         how = f"{known['method']}, {known['trajectories']} paths"
     how += f" ({{numref}}`{entry.chapter}`)"
     times = torch.tensor([found.process.t_min, found.process.t_max])
@@ -377,8 +362,8 @@ the same noise, and no schedule was learned from that noise. It is given in unit
 untrained rival that is best by that measure, at the same number of evaluations: for a
 schedule a formula with the same solver, for a plan a formula or a published list with
 any of the solvers that were tried. In brackets stands the 95 % interval from paired
-samples. *Ahead* means that both intervals lie below 1, *behind* that one lies above,
-*open* neither.
+samples. *Ahead* means that by both measures the intervals of the ratios to all these
+rivals lie below 1, *behind* that one lies above, *open* neither.
 
 | file | solver | NFE | rms error | of | median error | of | verdict |
 | --- | --- | ---: | --- | --- | --- | --- | --- |

@@ -6,7 +6,6 @@ batch, with a few numbers by which flow and noise are known again.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -73,7 +72,7 @@ def references(
     header: dict[str, Any] = {"rtol": tolerance, "batch": batch}
     if file is not None:
         check_output(file)
-        header["origin"] = json.loads(json.dumps(asdict(origin_of(flow, noises))))
+        header["origin"] = asdict(origin_of(flow, noises))
         kept = _kept(file, header)
     parts = {
         f"{seed} {first}": part

@@ -127,6 +127,34 @@ class Comparison:
                 "measure it again with compare(..., ends=references(flow, noises))"
             ) from None
 
+    def least(
+        self, solver: str, K: int, labels: Iterable[str], measure: str = "median"
+    ) -> str:
+        """Which of some schedules has the least error over the samples of all seeds.
+
+        It is chosen on the samples that it is then compared on, which favours it: a
+        fair choice for rivals.
+
+        Args:
+            solver: Which solver.
+            K: Number of steps.
+            labels: The schedules to choose from.
+            measure: ``"median"`` or ``"error"`` (root mean square).
+
+        Raises:
+            KeyError: If there are no errors of single samples.
+            ValueError: If there is no label, or the measure is another.
+        """
+        sizes = {
+            label: float(
+                statistic(self.sample_errors(solver, K, label)[None], measure)[0]
+            )
+            for label in labels
+        }
+        if not sizes:
+            raise ValueError("labels: expected at least one schedule, got none")
+        return min(sizes, key=lambda label: sizes[label])
+
     def interval(
         self,
         solver: str,

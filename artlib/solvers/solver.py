@@ -35,6 +35,20 @@ Advance: TypeAlias = Callable[[Position], Tensor]
 """``advance(position)`` returns the states at ``position.s`` > 0."""
 
 
+def _check_takes(function: Callable[..., Any], count: int, message: str) -> None:
+    """Refuse a function that cannot be called with so many arguments.
+
+    Raises:
+        TypeError: With the message and what Python says of it.
+    """
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except ValueError:  # a builtin without a signature: its first call will tell
+        pass
+    except TypeError as error:
+        raise TypeError(f"{message} ({error})") from error
+
+
 @dataclass(frozen=True)
 class Solver:
     """A method of integrating the flow on a grid.
@@ -89,15 +103,12 @@ class Solver:
                 "advance: expected a function of a position that returns the states "
                 f"at position.s, got {type(self.advance).__name__}"
             )
-        try:
-            inspect.signature(self.advance).bind(None)
-        except ValueError:  # a builtin without a signature: its first call will tell
-            pass
-        except TypeError as error:
-            raise TypeError(
-                "advance: expected a function of one argument, the position, but it "
-                f"does not take that alone ({error})"
-            ) from error
+        _check_takes(
+            self.advance,
+            1,
+            "advance: expected a function of one argument, the position, but it does "
+            "not take that alone",
+        )
         for field in ("order", "evaluations"):
             if not getattr(self, field):
                 raise ValueError(f"{field}: expected at least 1 of a solver, got 0")
@@ -187,15 +198,12 @@ def solver_of(solver: SolverLike, *, adaptive: bool = False) -> Solver:
             "solver: expected a name, a Solver or a callable step(flow, x, t, s), got "
             f"{type(solver).__name__}"
         )
-    try:
-        inspect.signature(solver).bind(None, None, None, None)
-    except ValueError:  # a builtin without a signature: its first call will tell
-        pass
-    except TypeError as error:
-        raise TypeError(
-            "solver: expected a callable step(flow, x, t, s) -> states at s, but it "
-            f"does not take these four arguments ({error})"
-        ) from error
+    _check_takes(
+        solver,
+        4,
+        "solver: expected a callable step(flow, x, t, s) -> states at s, but it does "
+        "not take these four arguments",
+    )
     return Solver(_name(solver), 0, _evaluations(solver), step=solver)
 
 
