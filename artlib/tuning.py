@@ -5,10 +5,12 @@ network and from budget to budget, and none of the rules wins everywhere. So the
 all tried, cheaply and from the same noise:
 
 1. every solver on every untrained schedule, a run each;
-2. the best few pairs told the levels of the two-number rule (`artlib.tell`);
-3. the best of those refined, nodes and levels, by gradient (`artlib.refine`), within a
+2. the best few solvers on ART's schedule for that solver and that number of steps
+   (`artlib.art` with ``solver`` and ``steps``);
+3. the best few pairs told the levels of the two-number rule (`artlib.tell`);
+4. the best of those refined, nodes and levels, by gradient (`artlib.refine`), within a
    budget of evaluations or of seconds;
-4. all that is left judged on noise that nothing so far has seen, by rms times mean
+5. all that is left judged on noise that nothing so far has seen, by rms times mean
    norm, with paired bootstrap intervals of the winner's lead in rms and median.
 
 All of this is ours.
@@ -72,6 +74,9 @@ LEARNING_PATHS = 32
 FINALISTS = 3
 """Pairs that are told levels and refined."""
 
+_REVISION = 2
+"""Of the search: what an earlier one found is not taken for what this one would."""
+
 
 @overload
 def tune(
@@ -132,9 +137,11 @@ def tune(
         nfe: Evaluations of a run, at least 2; or several numbers, which share the
             reference and the schedules.
         solvers: Solvers to try.
-        schedules: Label -> schedule to try them on; by default ART in closed form, with
-            the exponents 1/2 and 2/3, and for DPM-Solver++(2M) (with dual weights where
-            the network passes a gradient), KL-optimal, EDM and log-SNR (both unpinned).
+        schedules: Label -> schedule to try them on, and no other; by default ART in
+            closed form, with the exponents 1/2 and 2/3, and for DPM-Solver++(2M) (with
+            dual weights where the network passes a gradient), KL-optimal, EDM and
+            log-SNR (both unpinned), and for the best solvers ART for that solver and
+            that number of steps.
         seconds: Time for refining, all numbers together; by default no limit. It is
             looked at between refinements, and what has been found by then is judged.
         evaluations: Evaluations of a batch that one refinement may spend; by default
@@ -195,14 +202,24 @@ def tune(
         for schedule in schedules.values():
             check_process(schedule, flow.process)
     with full_precision():
-        store = _Store(file, _fingerprint(flow, x_T, kinds, schedules, held_out_share))
+        origin = _fingerprint(flow, x_T, kinds, schedules, held_out_share, spend)
+        store = _Store(file, origin)
         todo = [number for number in budgets if store.plan(number) is None]
         if todo:
             noise = matched_noise(flow, x_T, reference, batch)
             learn, judge = halves(noise, held_out_share)
             lists = dict(schedules or _untrained(learn, batch))
             for number in todo:
-                search = _Search(learn, judge, lists, kinds, number, limit, spend)
+                search = _Search(
+                    learn,
+                    judge,
+                    lists,
+                    kinds,
+                    number,
+                    limit,
+                    spend,
+                    matching=schedules is None,
+                )
                 store.keep(number, search.run(progress=progress))
         plans = [store.plan(number) for number in budgets]
     found = [plan for plan in plans if plan is not None]
@@ -309,17 +326,20 @@ class _Search:
         nfe: int,
         limit: float,
         evaluations: int | None,
+        *,
+        matching: bool,
     ) -> None:
         self.learn, self.judge = learn, judge
-        self.schedules, self.nfe, self.limit = schedules, nfe, limit
+        self.schedules, self.nfe, self.limit = dict(schedules), nfe, limit
         self.evaluations = evaluations or 300 * nfe
         self.broken = 0  # refinements that ended on NaN or infinity
+        self.matching = matching  # whether the best solvers get schedules of their own
         self.kinds = [k for k in kinds if _steps(k.evaluations, nfe)]
 
     def run(self, *, progress: bool) -> Plan:
         pairs = [(label, k) for k in self.kinds for label in self.schedules]
         bar = tqdm(
-            total=len(pairs) + 2 * FINALISTS,
+            total=len(pairs) + (2 + self.matching) * FINALISTS,
             desc=f"tune, {self.nfe} evaluations",
             disable=not progress,
         )
@@ -335,6 +355,12 @@ class _Search:
                     "or infinity, with every solver and schedule; check the denoiser"
                 )
             finalists = self.first(tried)
+            if self.matching:
+                for candidate in finalists:
+                    tried += self.matched(solver_of(candidate.plan.solver))
+                    bar.update()
+                tried.sort(key=lambda c: c.score)
+                finalists = self.first(tried)
             for candidate in list(finalists):
                 told = self.told(candidate)
                 finalists += [] if told is None else [told]
@@ -358,6 +384,19 @@ class _Search:
             provenance={"schedule": schedule.provenance, "label": label},
         )
         return _Candidate(plan, self.learn.size(nodes, kind))
+
+    def matched(self, kind: Any) -> list[_Candidate]:
+        """A solver on ART's schedule for it and its steps; none if two are too few."""
+        K = _steps(kind.evaluations, self.nfe)
+        if K < 2:
+            return []
+        x = self.learn.x[:LEARNING_PATHS]
+        few = self.learn.flow.rows(slice(len(x)), len(self.learn.x))
+        label = f"ART for {kind.name} and {K} steps"
+        self.schedules[label] = art(
+            few, x, solver=kind, steps=K, batch=self.learn.batch
+        )
+        return [self.untold(label, kind)]
 
     def first(self, tried: Sequence[_Candidate]) -> list[_Candidate]:
         """The best pair of each of the best solvers.
@@ -506,6 +545,7 @@ def _fingerprint(
     kinds: Sequence[Any],
     schedules: Mapping[str, Schedule] | None,
     held_out_share: float,
+    evaluations: int | None,
 ) -> dict[str, Any]:
     """What a file has to belong to: flow, noise and choices, by a probe of the flow."""
     few = x_T[:2].detach()
@@ -521,6 +561,8 @@ def _fingerprint(
         if schedules is None
         else {label: s.grid(8).tolist() for label, s in schedules.items()},
         "held_out": held_out_share,
+        "evaluations": evaluations,
+        "search": _REVISION,
     }
 
 

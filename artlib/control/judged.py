@@ -15,10 +15,12 @@ can be told for little: a run of K steps is K evaluations. So
    solver's own error where it is made, what of it and of Euler's lies along the error
    that arrives; and the formulas that need no model, of EDM, of log-SNR and the
    arctan's;
-4. all are run at one number of steps from noise that was **held out**, the best
-   `FINALISTS` of them at all numbers, and the geometric mean of the two best densities
-   too. The one is returned whose worst disadvantage to the best, over these numbers of
-   steps, is least, in rms times mean norm.
+4. all are run at one number of steps, the best `FINALISTS` of them at all numbers, and
+   the geometric mean of the two best densities too. Each half of the noise is run on
+   grids that only the other half was asked for (cross-validation), so that all of it
+   judges and none judges what it taught: a third held out, as before, does not see a
+   tail of one path in fifty. The one is returned whose worst disadvantage to the best,
+   over these numbers of steps, is least, in rms times mean norm, made from all paths.
 
 All of this is ours.
 """
@@ -27,8 +29,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,13 +40,14 @@ from .._common.precision import full_precision
 from ..flow.denoisers import CountNFE
 from ..flow.flow import ProbabilityFlow
 from ..flow.noise_coordinate import table_times
+from ..flow.processes import Process
 from ..flow.reference_path import Trajectory
 from ..flow.rows import in_batches
 from ..schedules.constructors import edm, kl_optimal, log_snr
 from ..schedules.schedule import Schedule, describe_origin
 from ..solvers.solver import SOLVERS, Solver, SolverLike, solver_of
 from .arriving_error import arriving, dual_gains_at_nodes
-from .matched import Noise
+from .matched import Noise, Size
 from .on_path import path_errors
 from .solver_error import SolverErrors, at_times, measure, step_of
 from .stiffness import StiffnessTable
@@ -53,8 +58,8 @@ POINTS = 40
 FINALISTS = 4
 """Candidates that are run at all numbers of steps."""
 
-JUDGES = 32
-"""Held-out paths at most."""
+JUDGES = 128
+"""Paths that judge at most."""
 
 EVALUATIONS = (5, 10, 20)
 """Evaluations of the runs that judge, unless numbers of steps are given."""
@@ -70,6 +75,10 @@ def steps_of(kind: Solver, evaluations: Sequence[int] = EVALUATIONS) -> tuple[in
     """Numbers of steps with about so many evaluations."""
     each = kind.evaluations or 1
     return tuple(sorted({max(2, -(-n // each)) for n in evaluations}))
+
+
+Candidate: TypeAlias = Callable[[Tensor], Tensor]
+"""Which paths may be asked [N], bool -> density [FINE], of mean one."""
 
 
 @full_precision()
@@ -88,8 +97,8 @@ def judged_art(
 
     Args:
         flow: The flow.
-        x_T: States at t_max [N, *shape]. A third of them, at most `JUDGES`, is held
-            out; below 4 all both teach and judge.
+        x_T: States at t_max [N, *shape]. All teach, and the first `JUDGES` judge, each
+            half what the others taught; below 4 all judge what all taught.
         solver: The solver.
         order: p of a callable; None to measure it.
         steps: Numbers of steps that it is judged at; None for those of `EVALUATIONS`.
@@ -104,35 +113,25 @@ def judged_art(
     step_of(solver, order)  # before anything is spent
     counter = CountNFE(flow.denoiser)
     counted = flow.with_denoiser(counter)
-    held = min(JUDGES, n // 3) if n > 3 else 0
-    cut = n - held
     times = table_times(flow.process, points)
 
-    def paths(rows: slice) -> Iterator[tuple[ProbabilityFlow, Trajectory]]:
-        flow_of, x = counted.rows(rows, n), x_T[rows]
-        for part, (start,) in in_batches(flow_of, [x], batch, counter=counter):
+    def paths() -> Iterator[tuple[ProbabilityFlow, Trajectory]]:
+        for part, (start,) in in_batches(counted, [x_T], batch, counter=counter):
             yield part, part.trajectory(start, times, method=method)
 
-    learning = slice(0, cut)
-    judging = slice(cut, n) if held else learning
-    whole = batch is None or batch >= cut
-    known = list(paths(learning)) if whole else None
-    densities = _densities(
-        flow, lambda: paths(learning) if known is None else iter(known), kind, order
+    known = list(paths()) if batch is None or batch >= n else None
+    candidates, ends = _candidates(
+        flow, lambda: paths() if known is None else iter(known), kind, order
     )
-    judges = paths(judging) if held or known is None else iter(known)
-    ends = torch.cat([_end(path) for _, path in judges])
-    x = x_T[judging].double()
-    noise = Noise(counted.rows(judging, n), x, ends, batch, counter)
     numbers = steps_of(kind) if steps is None else tuple(sorted(set(steps)))
-    field = _Field(noise, solver, numbers)
-    densities |= _formulas(flow, densities)
-    for label, density in densities.items():
-        field.add(label, _schedule(flow, density))
+    folds = _folds(counted, x_T.double(), ends, batch, counter)
+    field = _Field(folds, solver, numbers)
+    candidates |= _formulas(flow, len(next(iter(candidates.values()))(folds[0].asked)))
+    for label, candidate in candidates.items():
+        field.add(label, candidate)
     field.choose()
     one, two = field.ranked()[:2]
-    mixed = (densities[one] * densities[two]).sqrt()
-    field.add(f"mean of {one} and {two}", _schedule(flow, mixed))
+    field.add(f"mean of {one} and {two}", _mean(candidates[one], candidates[two]))
     field.choose()
     best = field.ranked()[0]
     notes = {
@@ -141,37 +140,72 @@ def judged_art(
         "steps": list(numbers),
         "disadvantage": {k: round(v, 4) for k, v in field.disadvantages().items()},
         "density": best,
-        "trajectories": cut,
-        "judges": len(ends),
+        "trajectories": n,
+        "judges": sum(len(fold.noise.x) for fold in folds),
+        "folds": len(folds),
         "points": points,
         "nfe": counter.nfe,
     }
-    schedule = field.schedules[best]
+    everyone = torch.ones(n, dtype=torch.bool)
+    schedule = _schedule(flow.process, field.candidates[best](everyone))
     origin = describe_origin("closed form, judged", notes)
     return replace(schedule, name=f"ART ({kind.name})", _provenance=origin)
 
 
-def _densities(
+@dataclass(frozen=True)
+class _Fold:
+    """Noise that judges, and which paths may be asked for what it judges."""
+
+    noise: Noise
+    asked: Tensor  # [N], bool
+
+
+def _folds(
+    flow: ProbabilityFlow,
+    x: Tensor,
+    ends: Tensor,
+    batch: int | None,
+    counter: CountNFE,
+) -> list[_Fold]:
+    """Two halves, each judged by what the others taught."""
+    n, judges = len(x), min(JUDGES, len(x))
+    if n < 4:
+        whole = Noise(flow, x, ends, batch, counter)
+        return [_Fold(whole, torch.ones(n, dtype=torch.bool))]
+    folds = []
+    for rows in (slice(0, judges // 2), slice(judges // 2, judges)):
+        asked = torch.ones(n, dtype=torch.bool)
+        asked[rows] = False
+        noise = Noise(flow.rows(rows, n), x[rows], ends[rows], batch, counter)
+        folds.append(_Fold(noise, asked))
+    return folds
+
+
+def _candidates(
     flow: ProbabilityFlow,
     paths: Callable[[], Iterator[tuple[ProbabilityFlow, Trajectory]]],
     kind: Solver,
     order: int | None,
-) -> dict[str, Tensor]:
-    """Candidate densities [FINE] by label, normalised to a mean of one."""
-    stiffness, local, found = [], [], order
+) -> tuple[dict[str, Candidate], Tensor]:
+    """Candidates that ask the paths, by label; and the ends of all paths."""
+    stiffness, local, ends, found = [], [], [], order
     for part, path in paths():
         q = part.path_acceleration(path, forward=False)
         stiffness.append(_norms(q))
         errors = _errors(part, path, kind, found, q)
         found = errors.order
         local.append(at_times(part, errors.times, errors.norms(), path.times.cpu()))
+        ends.append(_end(path))
         times = path.times.cpu()
     assert found is not None
-    table = StiffnessTable(flow.process, times, torch.cat(stiffness).cpu())
-    densities = {label: table.fine_mean**power for label, power in EXPONENTS.items()}
-    own = StiffnessTable(flow.process, times, torch.cat(local).cpu(), order=found)
+
+    def table(rows: list[Tensor], p: int = 1) -> StiffnessTable:
+        return StiffnessTable(flow.process, times, torch.cat(rows).cpu(), order=p)
+
+    plain, own = table(stiffness), table(local, found)
+    candidates = {label: _power(plain, power) for label, power in EXPONENTS.items()}
     if kind.name != "euler":
-        densities["own error"] = own.fine_mean ** (1 / (found + 1))
+        candidates["own error"] = _power(own, 1 / (found + 1))
     nodes = own.art().grid(DUAL_STEPS)
     nodes[-1] = flow.process.t_min
     try:
@@ -193,11 +227,24 @@ def _densities(
             raise
     else:
         for (label, rows), p in zip(arrives.items(), (1, found), strict=True):
-            values = torch.cat(rows).cpu()
-            dual = StiffnessTable(flow.process, times, values, order=p)
             if label == "|Q|, dual" or kind.name != "euler":
-                densities[label] = dual.fine_mean ** (1 / (p + 1))
-    return {label: d / d.mean() for label, d in densities.items()}
+                candidates[label] = _power(table(rows, p), 1 / (p + 1))
+    return candidates, torch.cat(ends)
+
+
+def _power(table: StiffnessTable, power: float) -> Candidate:
+    """A power of a table's mean over the paths that are asked."""
+
+    def density(asked: Tensor) -> Tensor:
+        found = table.fine_values[asked].mean(0) ** power
+        return found / found.mean()
+
+    return density
+
+
+def _mean(one: Candidate, two: Candidate) -> Candidate:
+    """The geometric mean of two densities."""
+    return lambda asked: (one(asked) * two(asked)).sqrt()
 
 
 def _errors(
@@ -226,39 +273,53 @@ def _end(path: Trajectory) -> Tensor:
     return path.states[-1] - path.times[-1] * path.velocities[-1]
 
 
-def _schedule(flow: ProbabilityFlow, density: Tensor) -> Schedule:
-    times = table_times(flow.process, len(density))
-    return StiffnessTable(flow.process, times, density[None]).art(exponent=1.0)
+def _schedule(process: Process, density: Tensor) -> Schedule:
+    times = table_times(process, len(density))
+    return StiffnessTable(process, times, density[None]).art(exponent=1.0)
 
 
-def _formulas(flow: ProbabilityFlow, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Densities that need no model, in the same form."""
-    p, count = flow.process, len(next(iter(like.values())))
+def _formulas(flow: ProbabilityFlow, count: int) -> dict[str, Candidate]:
+    """Candidates that need no model, at ``count`` times."""
+    p = flow.process
     times, found = table_times(p, count), {}
     for schedule in (edm(p, pinned=False), log_snr(p, pinned=False), kl_optimal(p)):
         density = 1 / schedule.speed(schedule.clock(times))
-        found[schedule.name] = density / density.mean()
+        found[schedule.name] = _same(density / density.mean())
     return found
+
+
+def _same(density: Tensor) -> Candidate:
+    return lambda asked: density
 
 
 class _Field:
     """Candidates and their errors at several numbers of steps."""
 
-    def __init__(self, noise: Noise, solver: SolverLike, steps: Sequence[int]) -> None:
-        self.noise, self.solver, self.steps = noise, solver, steps
-        self.schedules: dict[str, Schedule] = {}
+    def __init__(
+        self, folds: Sequence[_Fold], solver: SolverLike, steps: Sequence[int]
+    ) -> None:
+        self.folds, self.solver, self.steps = folds, solver, steps
+        self.candidates: dict[str, Candidate] = {}
         self._first = steps[len(steps) // 2]
         self._scores: dict[str, dict[int, float]] = {}
 
-    def add(self, label: str, schedule: Schedule) -> None:
+    def add(self, label: str, candidate: Candidate) -> None:
         """Run a candidate at the middle number of steps."""
-        self.schedules[label], self._scores[label] = schedule, {}
+        self.candidates[label], self._scores[label] = candidate, {}
         self._run(label, self._first)
 
     def _run(self, label: str, K: int) -> None:
-        if K not in self._scores[label]:
-            size = self.noise.size(self.schedules[label].grid(K), self.solver)
-            self._scores[label][K] = math.sqrt(size.rms * size.mean)
+        if K in self._scores[label]:
+            return
+        counter = self.folds[0].noise.counter
+        before, errors = counter.nfe, []
+        for fold in self.folds:
+            counter.nfe = before  # no sample is run twice
+            density = self.candidates[label](fold.asked)
+            grid = _schedule(fold.noise.flow.process, density).grid(K)
+            errors.append(fold.noise.errors(grid, self.solver))
+        size = Size.of(np.concatenate(errors))
+        self._scores[label][K] = math.sqrt(size.rms * size.mean)
 
     def choose(self) -> None:
         """Run the best few, and the newest, at all numbers of steps."""
