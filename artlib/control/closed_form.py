@@ -170,18 +170,21 @@ def art(
 
     By default the paper's problem, in which a step leaves :math:`|Q| h^2`. With a
     ``solver`` alone the schedule for that solver: a few densities, among them those of
-    :math:`|Q|` and of the solver's own error, are run for 5, 10 and 20 evaluations from
-    noise that was held out, and the one is returned that is the least behind the best
-    of them (`artlib.control.judged` has the details; ``provenance["density"]`` says
-    which it was). With a ``weight`` too, nothing is run: it is the solver's own error
+    :math:`|Q|` and of the solver's own error, are run for 5, 10 and 20 evaluations, or
+    for the number of ``steps`` that is given, each half of the noise on what the other
+    half taught, and the one is returned that is the least behind the best of them
+    (`artlib.control.judged` has the details; ``provenance["density"]`` says which it
+    was). With a ``weight`` too, nothing is run: it is the solver's own error
     :math:`|Q_p| h^{p+1}`, each counted by what of it arrives at the end, and the
     density is :math:`|Q_p|^{1/(p+1)}`, optimal as K grows (both ours, see
-    `error_table`). For two or three steps see `artlib.refine`.
+    `error_table`). At a few steps no list is good for every number of them: pass
+    ``steps``, or see `artlib.tune` and `artlib.refine`.
 
     Args:
         flow: The flow.
-        x_T: States at ``t_max`` [N, *shape]. With a ``solver`` alone a third of them,
-            at most 32, judges, which do not see a tail of one path in a hundred.
+        x_T: States at ``t_max`` [N, *shape]. With a ``solver`` alone the first 128
+            judge too, and fewer than a hundred do not show a tail of one path in a
+            hundred.
         average: See `StiffnessTable.art`; ``"paper"`` with a ``solver`` implies
             ``weight="local"``.
         solver: The solver to match; None for |Q| itself.
