@@ -5,10 +5,10 @@ network and from budget to budget, and none of the rules wins everywhere. So the
 all tried, cheaply and from the same noise:
 
 1. every solver on every untrained schedule, a run each;
-2. the best few solvers on ART's schedule for that solver and that number of steps
-   (`artlib.art` with ``solver`` and ``steps``);
-3. the best few pairs told the levels of the two-number rule (`artlib.tell`);
-4. the best of those refined, nodes and levels, by gradient (`artlib.refine`), within a
+2. the solver of the best pair on ART's schedule for that solver and that number of
+   steps too (`artlib.art` with ``solver`` and ``steps``);
+3. these told the levels of the two-number rule (`artlib.tell`);
+4. the best few pairs refined, nodes and levels, by gradient (`artlib.refine`), within a
    budget of evaluations or of seconds;
 5. all that is left judged on noise that nothing so far has seen, by rms times mean
    norm, with paired bootstrap intervals of the winner's lead in rms and median.
@@ -140,7 +140,7 @@ def tune(
         schedules: Label -> schedule to try them on, and no other; by default ART in
             closed form, with the exponents 1/2 and 2/3, and for DPM-Solver++(2M) (with
             dual weights where the network passes a gradient), KL-optimal, EDM and
-            log-SNR (both unpinned), and for the best solvers ART for that solver and
+            log-SNR (both unpinned), and for the best solver ART for that solver and
             that number of steps.
         seconds: Time for refining, all numbers together; by default no limit. It is
             looked at between refinements, and what has been found by then is judged.
@@ -333,13 +333,13 @@ class _Search:
         self.schedules, self.nfe, self.limit = dict(schedules), nfe, limit
         self.evaluations = evaluations or 300 * nfe
         self.broken = 0  # refinements that ended on NaN or infinity
-        self.matching = matching  # whether the best solvers get schedules of their own
+        self.matching = matching  # whether the best solver gets a schedule of its own
         self.kinds = [k for k in kinds if _steps(k.evaluations, nfe)]
 
     def run(self, *, progress: bool) -> Plan:
         pairs = [(label, k) for k in self.kinds for label in self.schedules]
         bar = tqdm(
-            total=len(pairs) + (2 + self.matching) * FINALISTS,
+            total=len(pairs) + 2 * FINALISTS + 2 * self.matching,
             desc=f"tune, {self.nfe} evaluations",
             disable=not progress,
         )
@@ -356,11 +356,10 @@ class _Search:
                 )
             finalists = self.first(tried)
             if self.matching:
-                for candidate in finalists:
-                    tried += self.matched(solver_of(candidate.plan.solver))
-                    bar.update()
-                tried.sort(key=lambda c: c.score)
-                finalists = self.first(tried)
+                # It was chosen by this noise: only the held-out one can compare it.
+                made = self.matched(solver_of(finalists[0].plan.solver))
+                finalists, tried = finalists + made, tried + made
+                bar.update(2)
             for candidate in list(finalists):
                 told = self.told(candidate)
                 finalists += [] if told is None else [told]

@@ -98,6 +98,18 @@ def test_best_is_the_least_or_the_most(
     assert " ".join(marks) == marked
 
 
+def test_what_is_not_reached_is_a_gap(capsys: pytest.CaptureFixture[str]) -> None:
+    ends = {
+        "never": {"x": Interval(np.nan, 19.8, np.inf)},
+        "perhaps": {"x": Interval(14.3, 9.6, np.inf)},
+        "endless": {"x": Interval(np.inf, 9.6, np.inf)},
+    }
+    found = shown(capsys, ends)
+    assert found["never"] == ["\N{EN DASH}"]
+    assert found["perhaps"] == ["14.3 [9.6, \N{INFINITY}]"]
+    assert found["endless"][0].startswith("\N{INFINITY}")
+
+
 def test_groups_have_a_best_each(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {("one", "a"): [1, 5], ("one", "b"): [2, 4], ("two", "c"): [9, None]}
     book.table(rows, caption="x", columns=["K", "L"], best="least")

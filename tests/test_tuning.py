@@ -26,6 +26,7 @@ def problem(n: int, seed: int = 0) -> tuple[artlib.ProbabilityFlow, Tensor]:
     return flow, target.sample_prior(PROCESS, n, seed=seed)
 
 
+FOR_IT = (("euler", 5), ("heun", 3), ("dpmpp_2m", 5))
 SCHEDULES = {
     "KL-optimal": artlib.kl_optimal(PROCESS),
     "EDM": artlib.edm(PROCESS, pinned=False),
@@ -45,12 +46,16 @@ def test_the_winner_leads_on_noise_that_none_has_seen() -> None:
 
     found = errors(plan)
     for schedule in (artlib.art(flow, x[:16]), *SCHEDULES.values()):
-        for solver, K in (("euler", 5), ("heun", 3), ("dpmpp_2m", 5)):
+        for solver, K in FOR_IT:
             other = errors(schedule.grid(K), solver=solver)
             assert found.mean() < other.mean()
             assert np.median(found) < np.median(other)
     notes = plan.provenance
-    assert len(notes["tried"]) == 3 * 6
+    assert len(notes["tried"]) == 3 * 6 + 1
+    solver = notes["tried"][0]["name"].rpartition(", ")[2]
+    made = f"ART for {solver} and {dict(FOR_IT)[solver]} steps, {solver}"
+    assert notes["tried"][-1]["name"] == made
+    assert made in [row["name"] for row in notes["finalists"]]
     assert notes["noises"] == [24, 24]
     assert notes["finalists"][0]["name"] == plan.name
     scores = [row["rms"] * row["mean"] for row in notes["finalists"]]
@@ -88,8 +93,16 @@ def test_a_stopped_call_goes_on_where_it_stopped(
     other = artlib.ProbabilityFlow(PROCESS, lambda x, t: x / (1 + t**2))
     with pytest.raises(ValueError, match="noise differs"):
         artlib.tune(other, x, nfe=3, **options)
-    with pytest.raises(ValueError, match="solvers"):
-        artlib.tune(flow, x, nfe=3, **{**options, "solvers": ("euler",)})
+    for what, other_choice in (
+        ("solvers", ("euler",)),
+        ("evaluations", 30),
+        ("schedules", dict(list(SCHEDULES.items())[:1])),
+    ):
+        with pytest.raises(ValueError, match=f"{what} differs"):
+            artlib.tune(flow, x, nfe=3, **{**options, what: other_choice})
+    monkeypatch.setattr(tuning, "_REVISION", 1)
+    with pytest.raises(ValueError, match="search differs"):
+        artlib.tune(flow, x, nfe=3, **options)
     (tmp_path / "foreign.json").write_text(json.dumps([1]))
     with pytest.raises(ValueError, match="not written by"):
         artlib.tune(flow, x, nfe=3, **{**options, "file": tmp_path / "foreign.json"})

@@ -150,6 +150,12 @@ def main() -> None:
         "ART": lambda _: art(None),
         "ART for the solver": art,
     }
+
+    def for_steps(solver: str, K: int) -> artlib.Plan:
+        """A list for this number of steps."""
+        found = artlib.art(flow, learn, solver=solver, steps=K, batch=args.batch)
+        return artlib.Plan.honest(found, K, solver=solver)
+
     for solver in args.solvers:
         for label, schedule in lists.items():
             for nfe in args.nfe:
@@ -157,6 +163,10 @@ def main() -> None:
                     run(
                         f"{label}, {solver}", nfe, partial(plan_of, schedule, solver, K)
                     )
+        for nfe in args.nfe:
+            if (K := steps(solver, nfe)) > 1:
+                row = f"ART for the solver and K, {solver}"
+                run(row, nfe, partial(for_steps, solver, K))
     left = [n for n in args.nfe if not table.has("tuned", n)]
     if left and time.monotonic() < limit:
         plans = artlib.tune(  # one call: the reference and the schedules are shared
