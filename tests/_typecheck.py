@@ -13,7 +13,7 @@ import jaxtyping
 from beartype import BeartypeConf, beartype
 from jaxtyping import config
 
-FIRST, THEN = 100, 101
+FIRST, THEN = 20, 101
 
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 _jaxtyped = jaxtyping.jaxtyped

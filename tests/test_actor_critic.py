@@ -1085,10 +1085,10 @@ def test_training_runs_on_another_device(
 ) -> None:
     # With the model in the loop; on the table: tests/test_other_device.py.
     flow, x_T = mixture()
-    options = {**SMALL, "environment": "model", "steps": 3}
+    options = {**SMALL, "environment": "model", "steps": 3, "warm_up": 2}
     trainer = ActorCritic(flow, x_T.to(accelerator), **options)
     file = tmp_path / "run"
-    records = list(trainer.train(7, checkpoint=file))
+    records = list(trainer.train(3, checkpoint=file))
     assert all(math.isfinite(r.cost) for r in records)
     assert trainer.clocks().device.type == "cpu"
     again = ActorCritic(flow, x_T.to(accelerator), **options)
@@ -1096,7 +1096,7 @@ def test_training_runs_on_another_device(
     assert torch.equal(again.clocks(), trainer.clocks())
     # States on the CPU, training on the device.
     apart = ActorCritic(flow, x_T, **options, device=accelerator)
-    assert math.isfinite(next(apart.train(7)).cost)
+    assert math.isfinite(next(apart.train(3)).cost)
     if accelerator.type == "cuda":  # the simulated one draws the CPU's numbers
         with pytest.raises(CheckpointError, match="device"):
             ActorCritic(flow, x_T, **options).load(file)

@@ -122,7 +122,7 @@ class Visit:
 
 
 @pages
-def test_page_on_a_desk(browser: Any, page: Path) -> None:
+def test_page_on_a_desk_and_on_a_phone(browser: Any, page: Path) -> None:
     with Visit(browser, page.as_uri(), viewport=DESK) as visit:
         assert visit.page.evaluate(UNSET_MATHEMATICS) == []
         text = visit.page.evaluate(VISIBLE_TEXT)
@@ -131,12 +131,8 @@ def test_page_on_a_desk(browser: Any, page: Path) -> None:
             context = text[max(where - 60, 0) : where + 60]
             assert where < 0, f"raw TeX on the page: ...{context}..."
         assert visit.page.evaluate("document.documentElement.scrollWidth") <= 1400
-        assert visit.faults == []
-
-
-@pages
-def test_page_on_a_phone(browser: Any, page: Path) -> None:
-    with Visit(browser, page.as_uri(), viewport=PHONE) as visit:
+        visit.page.set_viewport_size(PHONE)  # its mathematics is set already
+        visit.page.evaluate("() => new Promise(requestAnimationFrame)")
         assert visit.page.evaluate("document.documentElement.scrollWidth") <= 390
         assert visit.page.evaluate(STICKING_OUT) == []
         assert visit.faults == []

@@ -85,7 +85,7 @@ def test_art_rl(accelerator: torch.device, tmp_path: Path) -> None:
         "steps": 3,
         "seed": 0,
         "batch": 4,
-        "warm_up": 5,
+        "warm_up": 2,
         "points": 16,
     }
     costs = {}
@@ -95,7 +95,7 @@ def test_art_rl(accelerator: torch.device, tmp_path: Path) -> None:
         ("states on the CPU", X_T, accelerator),
     ):
         trainer = artlib.ActorCritic(FLOW, x_T, device=device, **options)
-        for record in trainer.train(7, checkpoint=tmp_path / where):
+        for record in trainer.train(3, checkpoint=tmp_path / where):
             costs[where] = record.cost
         again = artlib.ActorCritic(FLOW, x_T, device=device, **options)
         again.load(tmp_path / where)

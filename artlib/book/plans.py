@@ -38,7 +38,7 @@ def plan_table(
     count: int,
     seed: int,
     again: Sequence[tuple[str, int]],
-    few: int = 8,
+    few: int = 3,
 ) -> tuple[dict[str, dict[int, Plan]], Comparison]:
     """Plans and their errors from matched noise: made in a full run, read otherwise.
 

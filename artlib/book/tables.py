@@ -57,7 +57,7 @@ def comparison(
     seeds: Sequence[int] = (0, 1, 2),
     measure: Measure | None = None,
     part: Budgets | None = None,
-    few: int = 4,
+    few: int = 2,
     rtol: float = 1e-5,
 ) -> Comparison:
     """A table of a full run, of which a part is computed again.
