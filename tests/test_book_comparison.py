@@ -67,6 +67,19 @@ def test_full_run_stores_and_quick_run_reads_and_checks(monkeypatch, tmp_path, c
     assert "8 samples for each of 3 seeds" in capsys.readouterr().out
 
 
+def test_references_under_a_shared_name_are_kept_and_taken(monkeypatch, tmp_path):
+    alone = full_run(monkeypatch, flow_of(1.0))
+    first = full_run(monkeypatch, flow_of(1.0), shared="both")
+    (file,) = (tmp_path / "_build").iterdir()
+    before = file.stat().st_mtime_ns
+    second = full_run(monkeypatch, flow_of(1.0), shared="both")
+    assert file.name == "both.references.safetensors"
+    assert file.stat().st_mtime_ns == before
+    assert alone == first == second
+    with pytest.raises(ValueError, match="belongs to another comparison"):
+        full_run(monkeypatch, flow_of(1.0), shared="both", rtol=1e-3)
+
+
 def test_code_that_gives_other_numbers_is_found_out(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("ARTLIB_FULL", "1")

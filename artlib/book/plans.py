@@ -17,7 +17,7 @@ from ..comparison.table import Comparison
 from ..flow.flow import ProbabilityFlow
 from ..schedules.plan import Plan
 from ..solvers.sample import sample
-from .results import load_results, save_results
+from .results import load_results, save_results, scratch
 from .slices import is_made, seconds_left
 from .surroundings import full
 from .tables import describe, origin_json
@@ -39,6 +39,8 @@ def plan_table(
     seed: int,
     again: Sequence[tuple[str, int]],
     few: int = 3,
+    rtol: float = 1e-6,
+    shared: str | None = None,
 ) -> tuple[dict[str, dict[int, Plan]], Comparison]:
     """Plans and their errors from matched noise: made in a full run, read otherwise.
 
@@ -56,6 +58,8 @@ def plan_table(
         seed: Of the noise.
         again: Cells, label and evaluations, to compute again.
         few: Noises to compute them from.
+        rtol: Tolerance of the reference solution.
+        shared: A name for the references of a full run, see `comparison`.
 
     Returns:
         The plans, and a `Comparison` with a key ``"nfe N"`` for each number of
@@ -70,7 +74,8 @@ def plan_table(
         seconds_left()
         plans = {label: dict(row) for label, row in make().items()}
         x = noise(count, seed)
-        ends = references(flow, [x], rtol=1e-6)[0]
+        kept = scratch(f"{shared}.references.safetensors") if shared else None
+        ends = references(flow, [x], rtol=rtol, file=kept)[0]
         samples: dict[str, dict[str, list[list[float]]]] = {}
         for label, row in plans.items():
             for nfe, plan in row.items():
@@ -103,7 +108,7 @@ def plan_table(
         now, then = Origin(**origin_json(flow, [x])), Origin(**results["origin"])
         other = now.difference(then)
         assert other is None, f"{name}: {other} differed in the full run; {_AGAIN}"
-        ends = references(flow, [x[:few]], rtol=1e-6)[0]
+        ends = references(flow, [x[:few]], rtol=rtol)[0]
         for label, nfe in again:
             fresh = _errors(flow, x[:few], ends, plans[label][nfe])
             old = np.array(table.samples[f"nfe {nfe}"][label][0][:few])

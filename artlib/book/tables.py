@@ -59,6 +59,7 @@ def comparison(
     part: Budgets | None = None,
     few: int = 2,
     rtol: float = 1e-5,
+    shared: str | None = None,
 ) -> Comparison:
     """A table of a full run, of which a part is computed again.
 
@@ -82,6 +83,9 @@ def comparison(
         part: Solver -> numbers of steps to compute again.
         few: Noises to compute it from.
         rtol: Tolerance of the reference solution.
+        shared: A name for the references of a full run, which are kept then for other
+            tables of the same flow, noise and tolerance; by default its own, deleted
+            when the table is done.
 
     Returns:
         The table. Its measure ``"error"`` is the distance to the reference.
@@ -99,7 +103,7 @@ def comparison(
     if book.full() and not is_made(name):
         noises = [noise(count, seed) for seed in seeds]
         partial = book.scratch(f"{name}.partial.json")
-        kept = book.scratch(f"{name}.references.safetensors")
+        kept = book.scratch(f"{shared or name}.references.safetensors")
         ends = references(
             flow, noises, rtol=rtol, file=kept, seconds=seconds_left(), progress=True
         )
@@ -124,7 +128,8 @@ def comparison(
         results["sha256"] = _digest(results)
         book.save_results(name, results, seed=seeds[0])
         partial.unlink()
-        kept.unlink()
+        if shared is None:
+            kept.unlink()
         return table
     stored = book.load_results(name)
     results = stored["results"]
