@@ -236,24 +236,26 @@ def test_conditions_that_are_refused() -> None:
 # Copies and wrappers of networks.
 
 
-def schedulers() -> list[Any]:
-    """One for each formula, and for each way to tell the time."""
-    return [
-        *(
-            diffusers.DDIMScheduler(prediction_type=kind, **BETAS)
-            for kind in ("epsilon", "v_prediction", "sample")
-        ),
-        diffusers.EulerDiscreteScheduler(
-            timestep_type="continuous", prediction_type="v_prediction", **BETAS
-        ),
-        diffusers.EDMEulerScheduler(),
-        diffusers.EDMEulerScheduler(prediction_type="v_prediction"),
-        diffusers.FlowMatchEulerDiscreteScheduler(),
-    ]
+# One for each formula, and for each way to tell the time.
+SCHEDULERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("DDIMScheduler", {"prediction_type": "epsilon", **BETAS}),
+    ("DDIMScheduler", {"prediction_type": "v_prediction", **BETAS}),
+    ("DDIMScheduler", {"prediction_type": "sample", **BETAS}),
+    (
+        "EulerDiscreteScheduler",
+        {"timestep_type": "continuous", "prediction_type": "v_prediction", **BETAS},
+    ),
+    ("EDMEulerScheduler", {}),
+    ("EDMEulerScheduler", {"prediction_type": "v_prediction"}),
+    ("FlowMatchEulerDiscreteScheduler", {}),
+)
 
 
-@pytest.mark.parametrize("scheduler", schedulers())
-def test_denoisers_can_be_copied_and_pickled(scheduler: Any) -> None:
+@pytest.mark.parametrize(("name", "options"), SCHEDULERS)
+def test_denoisers_can_be_copied_and_pickled(
+    name: str, options: dict[str, Any]
+) -> None:
+    scheduler = getattr(diffusers, name)(**options)
     net = denoiser(Echo(), scheduler, condition={"label": noise(2, 3)})
     flow = artlib.ProbabilityFlow(net.process, net)
     x = noise(2, 4).double()
