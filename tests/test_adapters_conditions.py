@@ -282,10 +282,11 @@ class Scribbling(Echo):
 
 @pytest.mark.parametrize("guidance", [{}, {"guidance": 2.0, "together": False}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("scheduler", schedulers())
+@pytest.mark.parametrize(("name", "options"), SCHEDULERS)
 def test_a_network_that_writes_in_place_gets_copies(
-    scheduler: Any, dtype: torch.dtype, guidance: dict[str, Any]
+    name: str, options: dict[str, Any], dtype: torch.dtype, guidance: dict[str, Any]
 ) -> None:
+    scheduler = getattr(diffusers, name)(**options)
     x, t = noise(2, 4).to(dtype), torch.tensor(0.5)
     label, ids = noise(2, 3).to(dtype), noise(2, 3).to(dtype)
     kept = [v.clone() for v in (x, t, label, ids)]
