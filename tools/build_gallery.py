@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import artlib
-from artlib.book import SOLVER_NAMES
+from artlib.book import SOLVER_NAMES, spelt
 from artlib.comparison import Comparison
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -216,15 +216,9 @@ def worth(entry: Entry, table: Comparison) -> Iterator[dict[str, Any]]:
         for measure in ("error", "median"):
             rival = table.least(solver, K, rivals, measure)
             ratio = table.ratio(solver, K, entry.label, rival, measure=measure)
-            cell[measure] = (ratio, _called(rival))
+            cell[measure] = (ratio, spelt(rival))
         cell["verdict"] = table.verdict(solver, K, entry.label, rivals)
         yield cell
-
-
-def _called(label: str) -> str:
-    """A row as the pages spell it; behind a comma stands its solver."""
-    schedule, comma, solver = label.rpartition(", ")
-    return f"{schedule}{comma}{SOLVER_NAMES.get(solver, solver)}"
 
 
 def _rivals(solver: str) -> tuple[str, ...]:

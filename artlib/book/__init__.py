@@ -13,6 +13,8 @@ functions here behave alike in all three, so that a chapter never asks where it 
   full run only, which may be one of many slices of time (`artlib.book.slices`);
   :func:`comparison` does that for tables of schedules, and checks a part, and
   :func:`learned` for schedules, :func:`plan_table` for plans.
+* :func:`beside_best` is a row beside the best rivals; :func:`whole_evaluations` and
+  :func:`is_saved` say what a share saved is worth; :func:`spelt` spells a row.
 * :func:`train_and_note` trains the actor-critic in a full run; :func:`learned_clock` is
   the clock of its notes, :func:`clock_prices` what a clock of K steps costs.
 """
@@ -23,18 +25,21 @@ from .results import load_results, made, save_results, scratch
 from .surroundings import FIGURE_DPI, GLUED, device, full, glue, show
 from .tables import Listed, comparison, learned
 from .trainings import clock_prices, even_times, learned_clock, train_and_note
+from .verdicts import beside_best, is_saved, spelt, whole_evaluations
 
 __all__ = [
     "FIGURE_DPI",
     "GLUED",
     "SOLVER_NAMES",
     "Listed",
+    "beside_best",
     "clock_prices",
     "comparison",
     "device",
     "even_times",
     "full",
     "glue",
+    "is_saved",
     "learned",
     "learned_clock",
     "load_results",
@@ -43,6 +48,8 @@ __all__ = [
     "save_results",
     "scratch",
     "show",
+    "spelt",
     "table",
     "train_and_note",
+    "whole_evaluations",
 ]

@@ -317,7 +317,7 @@ def _number(value: float, digits: int) -> str:
     if value == 0:
         return "0"
     if np.isinf(value):
-        return "∞" if value > 0 else "-∞"
+        return f"{value}".replace("inf", "∞")
     if abs(value) < 10.0**-4 or abs(value) >= 10.0**7:
         return f"{value:.{max(digits - 1, 0)}e}"
     rounded = float(f"{value:.{digits - 1}e}")
@@ -339,14 +339,14 @@ def _written(
         return str(value), ""
     if isinstance(value, int | np.integer):
         return f"{value * scale if scale != 1 else value:,}", ""
-    if isinstance(value, Interval) and np.isnan(value.value):
-        return _GAP, ""  # there is none, for example a goal that is not reached
     if isinstance(value, Interval):
+        if np.isnan(value.value):  # there is none, as of a goal that is not reached
+            return _GAP, ""
         number = _number(scale * value.value, digits)
         if not intervals or "e" in number:
             return number, ""
         low, high = (
-            f"{scale * end:,.{_places(number)}f}" if np.isfinite(end) else "∞"
+            f"{scale * end:,.{_places(number)}f}".replace("inf", "∞")
             for end in (value.low, value.high)
         )
         return number, f"[{low}, {high}]"

@@ -50,7 +50,7 @@ from .arriving_error import arriving, dual_gains_at_nodes
 from .matched import Noise, Size
 from .on_path import path_errors
 from .solver_error import SolverErrors, at_times, measure, step_of
-from .stiffness import StiffnessTable
+from .stiffness import FINE, StiffnessTable
 
 POINTS = 40
 """Times of the reference paths, evenly spaced in the log noise level."""
@@ -126,7 +126,7 @@ def judged_art(
     numbers = steps_of(kind) if steps is None else tuple(sorted(set(steps)))
     folds = _folds(counted, x_T.double(), ends, batch, counter)
     field = _Field(folds, solver, numbers)
-    candidates |= _formulas(flow, len(next(iter(candidates.values()))(folds[0].asked)))
+    candidates |= _formulas(flow.process)
     for label, candidate in candidates.items():
         field.add(label, candidate)
     field.choose()
@@ -274,15 +274,18 @@ def _end(path: Trajectory) -> Tensor:
 
 
 def _schedule(process: Process, density: Tensor) -> Schedule:
-    times = table_times(process, len(density))
+    times = table_times(process, FINE)
     return StiffnessTable(process, times, density[None]).art(exponent=1.0)
 
 
-def _formulas(flow: ProbabilityFlow, count: int) -> dict[str, Candidate]:
-    """Candidates that need no model, at ``count`` times."""
-    p = flow.process
-    times, found = table_times(p, count), {}
-    for schedule in (edm(p, pinned=False), log_snr(p, pinned=False), kl_optimal(p)):
+def _formulas(process: Process) -> dict[str, Candidate]:
+    """Candidates that need no model."""
+    times, found = table_times(process, FINE), {}
+    for schedule in (
+        edm(process, pinned=False),
+        log_snr(process, pinned=False),
+        kl_optimal(process),
+    ):
         density = 1 / schedule.speed(schedule.clock(times))
         found[schedule.name] = _same(density / density.mean())
     return found
