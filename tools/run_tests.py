@@ -56,6 +56,17 @@ ENVIRONMENT = {
 }
 
 
+def environment() -> dict[str, str]:
+    """Ours, and compiled modules are kept: a hundred processes import torch here.
+
+    Where Python is told to write none beside the sources, they go to ``_build``.
+    """
+    found = {**os.environ, **ENVIRONMENT}
+    if found.pop("PYTHONDONTWRITEBYTECODE", ""):
+        found.setdefault("PYTHONPYCACHEPREFIX", str(ROOT / "_build" / "bytecode"))
+    return found
+
+
 # Of one process each: they run side by side. Tests look at the built book.
 ALONGSIDE = ("types", "book")
 AWAITED = {"unit": ("book",), "notebooks": ALONGSIDE}
@@ -67,7 +78,7 @@ def run(name: str) -> tuple[bool, float]:
     done = subprocess.run(
         CHECKS[name],
         cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT},
+        env=environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE if name in ALONGSIDE else None,
         stderr=subprocess.STDOUT if name in ALONGSIDE else None,

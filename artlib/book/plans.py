@@ -20,7 +20,7 @@ from ..solvers.sample import sample
 from .results import load_results, save_results, scratch
 from .slices import is_made, seconds_left
 from .surroundings import full
-from .tables import describe, origin_json
+from .tables import describe, origin_json, reference_again
 
 Plans: TypeAlias = Mapping[str, Mapping[int, Plan]]
 """Label -> evaluations -> plan."""
@@ -108,7 +108,7 @@ def plan_table(
         now, then = Origin(**origin_json(flow, [x])), Origin(**results["origin"])
         other = now.difference(then)
         assert other is None, f"{name}: {other} differed in the full run; {_AGAIN}"
-        ends = references(flow, [x[:few]], rtol=rtol)[0]
+        ends = reference_again(flow, x[:few], rtol)
         for label, nfe in again:
             fresh = _errors(flow, x[:few], ends, plans[label][nfe])
             old = np.array(table.samples[f"nfe {nfe}"][label][0][:few])

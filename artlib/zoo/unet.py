@@ -121,7 +121,9 @@ class UNet(nn.Module):
         self.config = config
         fine, coarse = config.widths
         pixels = config.shape[0] * config.patch**2
-        rates = torch.exp(torch.linspace(0, math.log(64), _WAVES))
+        # Made on the CPU: on the device "meta" this would load a compiler.
+        rates = torch.linspace(0, math.log(64), _WAVES, device="cpu").exp()
+        rates = rates.to(torch.get_default_device())
         self.register_buffer("rates", rates, persistent=False)
         self.embed = nn.Sequential(
             nn.Linear(2 * _WAVES, config.embedding),
