@@ -54,3 +54,14 @@ def test_a_share_is_saved_by_the_worst_measure() -> None:
     assert book.is_saved([(26, 40), (30, 31)], 25) == "yes"
     assert book.is_saved([(26, 40), (20, 31)], 25) == "open"
     assert book.is_saved([(26, 40), (20, 24)], 25) == "no"
+
+
+def test_ratio_over_seeds_is_the_t_interval_of_the_logarithms() -> None:
+    a, b = [2.0, 4.0, 8.0], [1.0, 1.0, 1.0]
+    found = book.seed_ratio(a, b)
+    assert found.value == pytest.approx(4)  # the geometric mean
+    # Logarithms to the base 2 are 1, 2, 3; Student's quantile for two degrees is 4.303.
+    assert math.log2(found.high) == pytest.approx(2 + 4.3027 / math.sqrt(3), rel=1e-4)
+    assert found.low * found.high == pytest.approx(16)
+    back = book.seed_ratio(b, a)
+    assert back == pytest.approx((1 / 4, 1 / found.high, 1 / found.low))

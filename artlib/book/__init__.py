@@ -25,7 +25,13 @@ from .results import load_results, made, save_results, scratch
 from .surroundings import FIGURE_DPI, GLUED, device, full, glue, show
 from .tables import Listed, comparison, learned
 from .trainings import clock_prices, even_times, learned_clock, train_and_note
-from .verdicts import beside_best, is_saved, spelt, whole_evaluations
+from .verdicts import (
+    beside_best,
+    is_saved,
+    seed_ratio,
+    spelt,
+    whole_evaluations,
+)
 
 __all__ = [
     "FIGURE_DPI",
@@ -47,6 +53,7 @@ __all__ = [
     "plan_table",
     "save_results",
     "scratch",
+    "seed_ratio",
     "show",
     "spelt",
     "table",

@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from ..comparison.bootstrap import Interval
 from ..comparison.table import Comparison
 from .display import SOLVER_NAMES
@@ -46,6 +49,25 @@ def beside_best(
         rival = table.least(solver, K, others, measure)
         row += [table.ratio(solver, K, label, rival, measure=measure), called(rival)]
     return [*row, table.verdict(solver, K, label, list(others))]
+
+
+def seed_ratio(a: ArrayLike, b: ArrayLike) -> Interval:
+    """Ratio of two positive measures over seeds, with its 95 % interval.
+
+    The geometric mean of the ratios, seed by seed, and Student's t interval of their
+    logarithms: for what is one number a seed, such as a Frechet distance, so that no
+    samples can be drawn again.
+
+    Args:
+        a: One number for each seed [S], S >= 2.
+        b: The same of the other, from the same noise.
+    """
+    from scipy import stats  # loaded late
+
+    logs = np.log(np.asarray(a, dtype=float) / np.asarray(b, dtype=float))
+    half = stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
+    ends = np.exp([logs.mean(), logs.mean() - half, logs.mean() + half])
+    return Interval(*map(float, ends))
 
 
 def whole_evaluations(saved: float, of: int, *, each: int = 1) -> int | None:
