@@ -153,6 +153,8 @@ import artlib.adapters
 artlib.edm(artlib.VE()).to_k_diffusion(3)
 none_of("matplotlib", "scipy.optimize", "torchdiffeq")
 none_of("diffusers", "transformers", "accelerate", "k_diffusion")
+artlib.zoo.load("fashion-small")
+none_of("torch._dynamo", "sympy")
 """
 
 

@@ -11,7 +11,7 @@ import torch
 import artlib
 import artlib.zoo
 from artlib import book
-from artlib.book import surroundings
+from artlib.book import surroundings, tables
 
 PROCESS = artlib.VE(sigma_max=20.0)
 
@@ -78,6 +78,20 @@ def test_references_under_a_shared_name_are_kept_and_taken(monkeypatch, tmp_path
     assert alone == first == second
     with pytest.raises(ValueError, match="belongs to another comparison"):
         full_run(monkeypatch, flow_of(1.0), shared="both", rtol=1e-3)
+
+
+def test_tables_are_checked_by_one_reference_of_a_flow_and_noise():
+    one, other = (artlib.CountNFE(flow_of(v).denoiser) for v in (1.0, 1.1))
+    flows = [flow_of(1.0).with_denoiser(counter) for counter in (one, other)]
+    first = tables.reference_again(flows[0], noise(3, 5), 1e-5)
+    spent = one.nfe
+    again = tables.reference_again(flows[0], noise(3, 5), 1e-6)
+    assert again is first
+    assert one.nfe - spent < spent / 4  # what tells the two apart
+    assert not torch.equal(tables.reference_again(flows[1], noise(3, 5), 1e-5), first)
+    assert not torch.equal(tables.reference_again(flows[0], noise(3, 6), 1e-5), first)
+    exact = noise(3, 5) / (1 + 20.0**2) ** 0.5
+    assert torch.allclose(first, exact, rtol=1e-3)
 
 
 def test_code_that_gives_other_numbers_is_found_out(monkeypatch):

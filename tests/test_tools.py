@@ -22,6 +22,7 @@ from execute_notebooks import record, select
 from matplotlib.figure import Figure
 from md2nb import ChapterError, to_notebook, to_text
 from run_chapter import code_cells, find, run_cell
+from run_tests import environment
 
 import artlib
 from artlib import book
@@ -448,3 +449,15 @@ def test_results_belong_to_the_clone_and_not_to_the_current_folder(
     monkeypatch.setenv("ARTLIB_RESULTS", "mine")
     assert book.save_results("a", {}, seed=0) == tmp_path / "mine" / "a.json"
     assert book.scratch("s") == tmp_path / "mine" / "_build" / "s"
+
+
+def test_checks_keep_compiled_modules_beside_the_sources_or_in_build(monkeypatch):
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    assert "PYTHONPYCACHEPREFIX" not in environment()
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    found = environment()
+    assert "PYTHONDONTWRITEBYTECODE" not in found
+    assert found["PYTHONPYCACHEPREFIX"] == str(ROOT / "_build" / "bytecode")
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", "elsewhere")
+    assert environment()["PYTHONPYCACHEPREFIX"] == "elsewhere"

@@ -13,8 +13,9 @@ functions here behave alike in all three, so that a chapter never asks where it 
   full run only, which may be one of many slices of time (`artlib.book.slices`);
   :func:`comparison` does that for tables of schedules, and checks a part, and
   :func:`learned` for schedules, :func:`plan_table` for plans.
-* :func:`beside_best` is a row beside the best rivals; :func:`whole_evaluations` and
-  :func:`is_saved` say what a share saved is worth; :func:`spelt` spells a row.
+* :func:`beside_best` is a row beside the best rivals, :func:`seed_ratio` a ratio over
+  seeds; :func:`whole_evaluations` and :func:`is_saved` say what a share saved is worth;
+  :func:`spelt` spells a row.
 * :func:`train_and_note` trains the actor-critic in a full run; :func:`learned_clock` is
   the clock of its notes, :func:`clock_prices` what a clock of K steps costs.
 """
