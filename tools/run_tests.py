@@ -36,6 +36,7 @@ CHECKS = {
     "format": [*PYTHON, "ruff", "format", "--check", "--quiet"],
     "types": [*PYTHON, "mypy", "--no-error-summary"],
     "book": ["make", "--no-print-directory", "book"],
+    "unit": [*PYTHON, "pytest", "--quiet", *WORKERS],
     "notebooks": [
         *PYTHON,
         "pytest",
@@ -46,7 +47,6 @@ CHECKS = {
         *WORKERS,
         *slowest_first(),
     ],
-    "unit": [*PYTHON, "pytest", "--quiet", *WORKERS],
 }
 # The stored outputs come from one CPU thread; two workers on two cores want no more.
 ENVIRONMENT = {
@@ -67,9 +67,9 @@ def environment() -> dict[str, str]:
     return found
 
 
-# Of one process each: they run beside the notebooks. Unit tests look at the built book.
+# Of one process each: they run side by side. Tests look at the built book.
 ALONGSIDE = ("types", "book")
-AWAITED = {"unit": ALONGSIDE}
+AWAITED = {"unit": ("book",), "notebooks": ALONGSIDE}
 
 
 def run(name: str) -> tuple[bool, float]:
