@@ -286,3 +286,69 @@ def test_stored_grids_are_a_schedule_by_number_of_steps():
         ValueError, match=r"K: no list of 3 steps, there are \['2', '5'\]"
     ):
         listed.grid(3)
+
+
+def slices(seeds, **more):
+    flow, both = (
+        flow_of(1.0),
+        {"EDM": artlib.edm(PROCESS), "KL": artlib.log_snr(PROCESS)},
+    )
+    tables_of = []
+    for noises in ([noise(8, seed)] for seed in seeds):
+        ends = artlib.references(flow, noises, rtol=1e-6)
+        tables_of.append(artlib.compare(flow, both, noises, {"heun": [3]}, ends=ends))
+    return tables_of
+
+
+def test_pooled_tables_are_those_of_all_the_noise_at_once():
+    flow, both = (
+        flow_of(1.0),
+        {"EDM": artlib.edm(PROCESS), "KL": artlib.log_snr(PROCESS)},
+    )
+    x = torch.cat([noise(8, 1), noise(8, 2)])
+    ends = artlib.references(flow, [x], rtol=1e-8)
+    whole = artlib.compare(flow, both, [x], {"heun": [3]}, ends=ends)
+    joined = book.pooled(slices((1, 2)))
+    assert joined.count == 16
+    assert joined.nfe == whole.nfe == {"heun 3": 5}
+    for label in both:
+        for measure in ("error", "median"):
+            a, b = (t.mean("heun", 3, label, measure) for t in (joined, whole))
+            assert a == pytest.approx(b, rel=2e-3)
+    both_ways = [
+        t.ratio("heun", 3, "EDM", "KL", measure="error") for t in (joined, whole)
+    ]
+    assert both_ways[0] == pytest.approx(both_ways[1], rel=2e-3)
+
+
+def test_tables_of_other_rows_are_not_pooled():
+    one, other = slices((1, 2))
+    del other.samples["heun 3"]["KL"]
+    with pytest.raises(ValueError, match="they have not the same rows and budgets"):
+        book.pooled([one, other])
+    with pytest.raises(ValueError, match="expected at least one, got none"):
+        book.pooled([])
+
+
+def test_errors_of_plans_are_the_distances_to_the_exact_ends():
+    flow, x = flow_of(1.0), noise(8, 3)
+    plans = {
+        "EDM, heun": {5: artlib.Plan.honest(artlib.edm(PROCESS), 3, solver="heun")},
+        "EDM, 2M": {
+            n: artlib.Plan.honest(artlib.edm(PROCESS), n, solver="dpmpp_2m")
+            for n in (3, 5)
+        },
+    }
+    table = book.error_table(book.plan_errors(flow, plans, x, rtol=1e-8))
+    assert table.nfe == {"nfe 3": 3, "nfe 5": 5}
+    assert table.count == 8
+    assert list(table.cells["nfe 5"]) == list(plans)
+    exact = x / (1 + 20.0**2) ** 0.5
+    for label, row in plans.items():
+        for n, plan in row.items():
+            left = artlib.sample(flow, x, plan) - exact
+            errors = left.square().mean(1).sqrt()
+            found = table.sample_errors("nfe", n, label)
+            assert found == pytest.approx(errors.numpy(), rel=1e-3)
+            rms = float(errors.square().mean().sqrt())
+            assert table.mean("nfe", n, label, "error") == pytest.approx(rms, rel=1e-3)

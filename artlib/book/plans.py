@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 from torch import Tensor
 
-from ..comparison.bootstrap import statistic
 from ..comparison.file import Origin
 from ..comparison.references import references
 from ..comparison.table import Comparison
@@ -20,7 +20,7 @@ from ..solvers.sample import sample
 from .results import load_results, save_results, scratch
 from .slices import is_made, seconds_left
 from .surroundings import full
-from .tables import describe, origin_json, reference_again
+from .tables import Samples, describe, error_table, origin_json, reference_again
 
 Plans: TypeAlias = Mapping[str, Mapping[int, Plan]]
 """Label -> evaluations -> plan."""
@@ -75,13 +75,7 @@ def plan_table(
         plans = {label: dict(row) for label, row in make().items()}
         x = noise(count, seed)
         kept = scratch(f"{shared}.references.safetensors") if shared else None
-        ends = references(flow, [x], rtol=rtol, file=kept)[0]
-        samples: dict[str, dict[str, list[list[float]]]] = {}
-        for label, row in plans.items():
-            for nfe, plan in row.items():
-                errors = _errors(flow, x, ends, plan)
-                cell = [float(f"{e:.4g}") for e in errors]
-                samples.setdefault(f"nfe {nfe}", {})[label] = [cell]
+        samples = plan_errors(flow, plans, x, rtol=rtol, file=kept)
         results: dict[str, Any] = {
             "plans": {
                 label: {str(n): json.loads(p.to_json()) for n, p in row.items()}
@@ -98,7 +92,7 @@ def plan_table(
         label: {int(n): Plan.from_json(json.dumps(p)) for n, p in row.items()}
         for label, row in results["plans"].items()
     }
-    table = _table(results["samples"])
+    table = error_table(results["samples"])
     if not fresh_run:
         print(describe(stored["made"], table.count, 1))
         assert results["sha256"] == _digest(results), (
@@ -108,8 +102,8 @@ def plan_table(
         now, then = Origin(**origin_json(flow, [x])), Origin(**results["origin"])
         other = now.difference(then)
         assert other is None, f"{name}: {other} differed in the full run; {_AGAIN}"
-        ends = reference_again(flow, x[:few], rtol)
         for label, nfe in again:
+            ends = reference_again(flow, x[:few], rtol)
             fresh = _errors(flow, x[:few], ends, plans[label][nfe])
             old = np.array(table.samples[f"nfe {nfe}"][label][0][:few])
             least = float(np.median(old)) / 4
@@ -121,31 +115,40 @@ def plan_table(
     return plans, table
 
 
+def plan_errors(
+    flow: ProbabilityFlow,
+    plans: Plans,
+    x_T: Tensor,
+    *,
+    rtol: float,
+    file: str | os.PathLike[str] | None = None,
+) -> Samples:
+    """Errors of plans from matched noise: "nfe N" -> label -> [error of each noise].
+
+    An error is the root mean square per coordinate, to four digits.
+
+    Args:
+        flow: The flow.
+        plans: Label -> evaluations -> plan.
+        x_T: States at t_max [N, *shape].
+        rtol: Tolerance of the reference solution.
+        file: Keeps the reference, see `artlib.references`.
+    """
+    ends = references(flow, [x_T], rtol=rtol, file=file)[0]
+    samples: dict[str, dict[str, list[list[float]]]] = {}
+    for label, row in plans.items():
+        for nfe, plan in row.items():
+            errors = _errors(flow, x_T, ends, plan)
+            cell = [float(f"{e:.4g}") for e in errors]
+            samples.setdefault(f"nfe {nfe}", {})[label] = [cell]
+    return samples
+
+
 def _errors(flow: ProbabilityFlow, x: Tensor, ends: Tensor, plan: Plan) -> np.ndarray:
     """Root mean squared error per coordinate of each sample."""
     y = sample(flow, x, plan, batch=min(len(x), 64))
     squares = (y.double() - ends.double()).flatten(1).square().mean(1)
     return np.asarray(squares.sqrt().cpu().numpy())
-
-
-def _table(samples: Mapping[str, Mapping[str, list[list[float]]]]) -> Comparison:
-    cells = {
-        key: {
-            label: {
-                measure: statistic(np.array(errors), measure).tolist()
-                for measure in ("error", "median")
-            }
-            for label, errors in row.items()
-        }
-        for key, row in samples.items()
-    }
-    first = next(iter(next(iter(samples.values())).values()))
-    return Comparison(
-        cells=cells,
-        nfe={key: int(key.split()[1]) for key in samples},
-        count=len(first[0]),
-        samples={k: dict(row) for k, row in samples.items()},
-    )
 
 
 def _digest(results: Mapping[str, Any]) -> str:
