@@ -34,6 +34,13 @@ def test_each_measure_has_its_own_best_rival() -> None:
     assert behind[-1] == "behind"
 
 
+def test_a_list_is_said_in_words() -> None:
+    assert book.in_words([2, 5, 9]) == "2, 5 and 9"
+    assert book.in_words(["3", "5"]) == "3 and 5"
+    assert book.in_words([8]) == "8"
+    assert book.in_words([]) == "none"
+
+
 def test_the_solver_behind_the_last_comma_is_spelt() -> None:
     assert book.spelt("AYS, SDXL, ipndm3") == "AYS, SDXL, iPNDM-3"
     assert book.spelt("EDM unpinned") == "EDM unpinned"

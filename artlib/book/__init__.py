@@ -17,7 +17,7 @@ functions here behave alike in all three, so that a chapter never asks where it 
   network or a solver is not kept.
 * :func:`beside_best` is a row beside the best rivals, :func:`seed_ratio` a ratio over
   seeds; :func:`whole_evaluations` and :func:`is_saved` say what a share saved is worth;
-  :func:`spelt` spells a row.
+  :func:`spelt` spells a row, :func:`in_words` a list.
 * :func:`train_and_note` trains the actor-critic in a full run; :func:`learned_clock` is
   the clock of its notes, :func:`clock_prices` what a clock of K steps costs.
 """
@@ -30,6 +30,7 @@ from .tables import Listed, comparison, error_table, learned, pooled
 from .trainings import clock_prices, even_times, learned_clock, train_and_note
 from .verdicts import (
     beside_best,
+    in_words,
     is_saved,
     seed_ratio,
     spelt,
@@ -49,6 +50,7 @@ __all__ = [
     "even_times",
     "full",
     "glue",
+    "in_words",
     "is_saved",
     "learned",
     "learned_clock",

@@ -20,6 +20,14 @@ def spelt(label: str) -> str:
     return f"{schedule}{comma}{SOLVER_NAMES.get(solver, solver)}"
 
 
+def in_words(numbers: Iterable[object]) -> str:
+    """Several as a sentence names them: "2, 5 and 9"; "none" if there are none."""
+    texts = [str(n) for n in numbers]
+    if len(texts) < 2:
+        return texts[0] if texts else "none"
+    return f"{', '.join(texts[:-1])} and {texts[-1]}"
+
+
 def beside_best(
     table: Comparison,
     solver: str,
