@@ -28,7 +28,10 @@ FOLDER = ROOT / "schedules"
 PAGE = ROOT / "book" / "gallery.md"
 
 FORMULAS = tuple(artlib.baselines(artlib.VE()))
-UNTRAINED = ("EDM", "EDM unpinned", "KL-optimal", "AYS list")
+UNTRAINED = (
+    *("EDM", "EDM unpinned", "log-SNR unpinned", "KL-optimal"),
+    *("AYS", "AYS list"),
+)
 """With a solver behind each, what a tuned plan is compared with."""
 
 
@@ -172,13 +175,20 @@ ENTRIES = [
     ),
     *(
         Entry(
-            f"fashion-base-tuned-{K}",
-            "fashion-base",
-            ("ch16-fashion-base", "plans", "tuned", str(K)),
-            "ch16-fashion-base",
+            f"{network}-tuned-{K}",
+            network,
+            (f"ch16-{network}", "plans", "tuned", str(K)),
+            f"ch16-{network}",
             "tuned",
             (("nfe", K),),
             "ch-few",
+        )
+        for network in (
+            "fashion-base",
+            "fashion-small",
+            "fashion-large",
+            "mnist-base",
+            "emoji-base",
         )
         for K in (3, 5, 8, 10, 20)
     ),
