@@ -288,48 +288,6 @@ def test_stored_grids_are_a_schedule_by_number_of_steps():
         listed.grid(3)
 
 
-def slices(seeds, **more):
-    flow, both = (
-        flow_of(1.0),
-        {"EDM": artlib.edm(PROCESS), "KL": artlib.log_snr(PROCESS)},
-    )
-    tables_of = []
-    for noises in ([noise(8, seed)] for seed in seeds):
-        ends = artlib.references(flow, noises, rtol=1e-6)
-        tables_of.append(artlib.compare(flow, both, noises, {"heun": [3]}, ends=ends))
-    return tables_of
-
-
-def test_pooled_tables_are_those_of_all_the_noise_at_once():
-    flow, both = (
-        flow_of(1.0),
-        {"EDM": artlib.edm(PROCESS), "KL": artlib.log_snr(PROCESS)},
-    )
-    x = torch.cat([noise(8, 1), noise(8, 2)])
-    ends = artlib.references(flow, [x], rtol=1e-8)
-    whole = artlib.compare(flow, both, [x], {"heun": [3]}, ends=ends)
-    joined = book.pooled(slices((1, 2)))
-    assert joined.count == 16
-    assert joined.nfe == whole.nfe == {"heun 3": 5}
-    for label in both:
-        for measure in ("error", "median"):
-            a, b = (t.mean("heun", 3, label, measure) for t in (joined, whole))
-            assert a == pytest.approx(b, rel=2e-3)
-    both_ways = [
-        t.ratio("heun", 3, "EDM", "KL", measure="error") for t in (joined, whole)
-    ]
-    assert both_ways[0] == pytest.approx(both_ways[1], rel=2e-3)
-
-
-def test_tables_of_other_rows_are_not_pooled():
-    one, other = slices((1, 2))
-    del other.samples["heun 3"]["KL"]
-    with pytest.raises(ValueError, match="they have not the same rows and budgets"):
-        book.pooled([one, other])
-    with pytest.raises(ValueError, match="expected at least one, got none"):
-        book.pooled([])
-
-
 def test_errors_of_plans_are_the_distances_to_the_exact_ends():
     flow, x = flow_of(1.0), noise(8, 3)
     plans = {

@@ -29,8 +29,12 @@ PAGE = ROOT / "book" / "gallery.md"
 
 FORMULAS = tuple(artlib.baselines(artlib.VE()))
 UNTRAINED = (
-    *("EDM", "EDM unpinned", "log-SNR unpinned", "KL-optimal"),
-    *("AYS", "AYS list"),
+    "EDM",
+    "EDM unpinned",
+    "log-SNR unpinned",
+    "KL-optimal",
+    "AYS",
+    "AYS list",
 )
 """With a solver behind each, what a tuned plan is compared with."""
 

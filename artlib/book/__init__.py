@@ -12,9 +12,8 @@ functions here behave alike in all three, so that a chapter never asks where it 
   folder), each with the circumstances it was made in; :func:`made` makes them in a
   full run only, which may be one of many slices of time (`artlib.book.slices`);
   :func:`comparison` does that for tables of schedules, and checks a part, and
-  :func:`learned` for schedules, :func:`plan_table` for plans; :func:`pooled` joins
-  tables of other noises, :func:`plan_errors` and :func:`error_table` serve where a
-  network or a solver is not kept.
+  :func:`learned` for schedules, :func:`plan_table` for plans; :func:`plan_errors` and
+  :func:`error_table` serve where a network or a solver is not kept.
 * :func:`beside_best` is a row beside the best rivals, :func:`seed_ratio` a ratio over
   seeds; :func:`whole_evaluations` and :func:`is_saved` say what a share saved is worth;
   :func:`spelt` spells a row, :func:`in_words` a list.
@@ -23,10 +22,10 @@ functions here behave alike in all three, so that a chapter never asks where it 
 """
 
 from .display import SOLVER_NAMES, table
-from .plans import plan_errors, plan_table
+from .plans import error_table, plan_errors, plan_table
 from .results import load_results, made, save_results, scratch
 from .surroundings import FIGURE_DPI, GLUED, device, full, glue, show
-from .tables import Listed, comparison, error_table, learned, pooled
+from .tables import Listed, comparison, learned
 from .trainings import clock_prices, even_times, learned_clock, train_and_note
 from .verdicts import (
     beside_best,
@@ -58,7 +57,6 @@ __all__ = [
     "made",
     "plan_errors",
     "plan_table",
-    "pooled",
     "save_results",
     "scratch",
     "seed_ratio",

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
+from ..comparison.bootstrap import statistic
 from ..comparison.file import Origin
 from ..comparison.references import references
 from ..comparison.table import Comparison
@@ -20,10 +21,13 @@ from ..solvers.sample import sample
 from .results import load_results, save_results, scratch
 from .slices import is_made, seconds_left
 from .surroundings import full
-from .tables import Samples, describe, error_table, origin_json, reference_again
+from .tables import describe, origin_json, reference_again
 
 Plans: TypeAlias = Mapping[str, Mapping[int, Plan]]
 """Label -> evaluations -> plan."""
+
+Samples: TypeAlias = Mapping[str, Mapping[str, list[list[float]]]]
+"""``"nfe N"`` -> label -> for each seed the errors of its samples."""
 
 _AGREE = 0.05  # relative, of a sample's error now and in the full run
 _AGAIN = "make it again (ARTLIB_FULL=1) or find out what changed"
@@ -142,6 +146,31 @@ def plan_errors(
             cell = [float(f"{e:.4g}") for e in errors]
             samples.setdefault(f"nfe {nfe}", {})[label] = [cell]
     return samples
+
+
+def error_table(samples: Samples) -> Comparison:
+    """Errors of plans as a `Comparison`, with the measures ``"error"``, ``"median"``.
+
+    Args:
+        samples: ``"nfe N"`` -> label -> for each seed the errors of its samples.
+    """
+    cells = {
+        key: {
+            label: {
+                measure: statistic(np.array(errors), measure).tolist()
+                for measure in ("error", "median")
+            }
+            for label, errors in row.items()
+        }
+        for key, row in samples.items()
+    }
+    first = next(iter(next(iter(samples.values())).values()))
+    return Comparison(
+        cells=cells,
+        nfe={key: int(key.split()[1]) for key in samples},
+        count=len(first[0]),
+        samples={key: dict(row) for key, row in samples.items()},
+    )
 
 
 def _errors(flow: ProbabilityFlow, x: Tensor, ends: Tensor, plan: Plan) -> np.ndarray:

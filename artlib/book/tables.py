@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -44,9 +44,6 @@ _CHECKED_TO = 1e-5
 """Tolerance of a reference that stored errors are checked by, relative."""
 
 _AGAIN = "make it again (ARTLIB_FULL=1) or find out what changed"
-
-Samples: TypeAlias = Mapping[str, Mapping[str, list[list[float]]]]
-"""``"solver K"`` -> label -> for each seed the errors of its samples."""
 
 Noise = Callable[[int, int], Tensor]
 """``noise(n, seed)`` -> states at ``t_max`` [n, *shape]."""
@@ -150,67 +147,6 @@ def comparison(
         f"{name}: a stored number was changed by hand; {_AGAIN}"
     )
     return table
-
-
-def error_table(samples: Samples, nfe: Mapping[str, int] | None = None) -> Comparison:
-    """Errors of samples as a `Comparison`, with the measures ``"error"``, ``"median"``.
-
-    Args:
-        samples: ``"solver K"`` -> label -> for each seed the errors of its samples.
-        nfe: ``"solver K"`` -> evaluations; by default K, as for plans (``"nfe N"``).
-    """
-    cells = {
-        key: {
-            label: {
-                measure: statistic(np.array(errors), measure).tolist()
-                for measure in ("error", "median")
-            }
-            for label, errors in row.items()
-        }
-        for key, row in samples.items()
-    }
-    first = next(iter(next(iter(samples.values())).values()))
-    return Comparison(
-        cells=cells,
-        nfe={key: int(key.split()[1]) for key in samples} if nfe is None else dict(nfe),
-        count=len(first[0]),
-        samples={key: dict(row) for key, row in samples.items()},
-    )
-
-
-def pooled(tables: Sequence[Comparison]) -> Comparison:
-    """Tables of the same cells from different noises, as one of all the noises.
-
-    Args:
-        tables: Each with the errors of its samples, one seed or several.
-
-    Raises:
-        ValueError: If there is none, or they have not the same cells.
-    """
-    if not tables:
-        raise ValueError("tables: expected at least one, got none")
-    first = tables[0]
-    for table in tables:
-        same = {key: list(row) for key, row in table.samples.items()} == {
-            key: list(row) for key, row in first.samples.items()
-        }
-        if not same or table.nfe != first.nfe:
-            raise ValueError("tables: they have not the same rows and budgets")
-    samples = {
-        key: {
-            label: [
-                [
-                    e
-                    for table in tables
-                    for seed in table.samples[key][label]
-                    for e in seed
-                ]
-            ]
-            for label in row
-        }
-        for key, row in first.samples.items()
-    }
-    return error_table(samples, first.nfe)
 
 
 class Listed:
