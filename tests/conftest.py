@@ -20,7 +20,7 @@ if TYPECHECK:
 
 try:
     from simulated_device import simulated_device
-except ImportError:  # a torch without what the simulation rests on
+except ImportError:  # a GPU, or a torch without what the simulation rests on
     simulated_device = None
 
 
@@ -38,15 +38,21 @@ def as_a_user() -> Iterator[None]:
 
 
 @pytest.fixture
-def accelerator() -> Iterator[torch.device]:
-    """A GPU; where there is none, one that is simulated."""
-    if torch.cuda.is_available():
-        yield torch.device("cuda")
-        return
+def simulated() -> Iterator[torch.device]:
+    """A simulated accelerator, where that is possible."""
     if simulated_device is None:
-        pytest.skip("no GPU, and this torch cannot simulate one")
+        pytest.skip("there is a GPU, or this torch cannot simulate one")
     with simulated_device() as device:
         yield device
+
+
+@pytest.fixture
+def accelerator(request: pytest.FixtureRequest) -> torch.device:
+    """A GPU; where there is none, one that is simulated."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    device: torch.device = request.getfixturevalue("simulated")
+    return device
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

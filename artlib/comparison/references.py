@@ -90,7 +90,10 @@ def references(
             write_state(file, kept, header, kind=_KIND)
             slice_.check(number, len(todo), "batches")
     return [
-        torch.cat([kept[f"{seed} {first}"] for first in range(0, len(noise), batch)])
+        torch.cat(
+            # What was read from the file is on the CPU.
+            [kept[f"{seed} {i}"].to(noise.device) for i in range(0, len(noise), batch)]
+        )
         for seed, noise in enumerate(noises)
     ]
 
