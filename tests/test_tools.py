@@ -408,6 +408,22 @@ def test_results_come_back_with_their_circumstances(
     assert json.loads(path.read_text()) == loaded
 
 
+def test_a_list_of_numbers_in_results_takes_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ARTLIB_RESULTS", str(tmp_path))
+    table = {
+        "errors": [[0.5, -2.5e-7, 3], [1]],
+        "mixed": [1.0, "a [1,\n 2]", None],
+        "empty": [],
+    }
+    path = book.save_results("table", table, seed=0)
+    assert book.load_results("table")["results"] == table
+    lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    assert "[0.5, -2.5e-07, 3]," in lines
+    assert json.dumps(table["mixed"][1]) + "," in lines
+
+
 def test_results_belong_to_the_clone_and_not_to_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from .._common.version import __version__
 from .slices import is_made, remember, seconds_left
 from .surroundings import commit, device, full
 
-_NUMBERS = re.compile(r'\[\n\s*-?\d[^]["{}]*\]')
+_NUMBERS = re.compile(r'\[(\n\s*-?\d[^]["{}]*)\]')
 
 
 def save_results(name: str, results: dict[str, Any], *, seed: int) -> Path:
@@ -57,7 +57,7 @@ def written(content: dict[str, Any]) -> str:
     """
     text = json.dumps(content, indent=1, allow_nan=False)
     # No text in JSON holds a line break, so what matches is a list.
-    return _NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n"
+    return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
 def made(name: str, make: Callable[[], dict[str, Any]], *, seed: int) -> dict[str, Any]:
