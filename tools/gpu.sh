@@ -67,8 +67,12 @@ check() {
 }
 
 train() {
+	# On an H200 cifar10-base learns 30,000 images a second and compiled 45,000, but the
+	# compiler takes 50 s: it pays from 150 s on.
+	compile=
+	[ "$1" -lt 150 ] || compile=--compile
 	# shellcheck disable=SC2086  # MORE is several arguments
-	"$PYTHON" -m artlib.zoo.train "$NET" --fast --seconds "$1" --quiet \
+	"$PYTHON" -m artlib.zoo.train "$NET" --fast $compile --seconds "$1" --quiet \
 		--out "$STATE" --checkpoints "$STATE" ${MORE:-}
 }
 
