@@ -196,6 +196,27 @@ ENTRIES = [
         )
         for K in (3, 5, 8, 10, 20)
     ),
+    Entry(
+        "cifar10-base-art",
+        "cifar10-base",
+        ("ch17-schedules", "art"),
+        "ch17-heun",
+        "ART",
+        _cells("heun", 3, 5, 10, 18),
+        "ch-cifar",
+    ),
+    *(
+        Entry(
+            f"cifar10-base-tuned-{K}",
+            "cifar10-base",
+            ("ch17-samplers", "plans", "tuned", str(K)),
+            "ch17-samplers",
+            "tuned",
+            (("nfe", K),),
+            "ch-cifar",
+        )
+        for K in (5, 8, 10, 20)
+    ),
 ]
 
 
