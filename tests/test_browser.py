@@ -168,6 +168,26 @@ def server() -> Iterator[str]:
         served.shutdown()
 
 
+@pytest.mark.parametrize(
+    ("name", "figure"), [("intro", "start-cifar"), ("17-cifar10", "cifar-samples")]
+)
+def test_only_colour_photographs_are_not_turned_over_in_the_dark(
+    browser: Any, name: str, figure: str
+) -> None:
+    address = (HTML / "notebooks" / f"{name}.html").as_uri()
+    turned = """nodes => nodes.filter(
+        node => getComputedStyle(node).filter != "none"
+    ).length"""
+    with Visit(browser, address, color_scheme="dark") as visit:
+        photographs = visit.page.locator(f"#fig-{figure} img")
+        assert photographs.count() == 1
+        assert photographs.evaluate_all(turned) == 0
+        drawn = visit.page.locator("article div.cell_output img:not(.only-dark)")
+        others = drawn.count() - 1
+        assert drawn.evaluate_all(turned) == others
+        assert others or name != "intro"
+
+
 @pytest.mark.parametrize("name", ["index", "book/notation", PAGES and PAGES[-1].stem])
 def test_page_from_a_server(browser: Any, server: str, name: str) -> None:
     found = [page for page in PAGES if page.stem == name]
