@@ -44,13 +44,13 @@ def save_results(name: str, results: dict[str, Any], *, seed: int) -> Path:
     }
     path = _results_dir() / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, written({"made": made, "results": results}).encode())
+    write_bytes(path, _as_text({"made": made, "results": results}).encode())
     if full():
         remember(name)
     return path
 
 
-def written(content: dict[str, Any]) -> str:
+def _as_text(content: dict[str, Any]) -> str:
     """JSON with a line for each entry, but one line for a list of numbers.
 
     A table of thousands of samples is half as large that way.
