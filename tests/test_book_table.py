@@ -68,6 +68,16 @@ def test_a_sure_loser_is_not_marked(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["worse"][0].endswith("]")
 
 
+def test_rounding_does_not_choose_the_best(capsys: pytest.CaptureFixture[str]) -> None:
+    ulp = 2.0**-52
+    alike = {"one": [1.0 + ulp, 1.0], "other": [1.0, 1.0 + ulp]}
+    for best, worse in (("least", 1.5), ("most", 0.5)):
+        rows = {**alike, "worse": [worse, worse]}
+        found = shown(capsys, rows, columns=[2, 3], best=best, corner="K")
+        assert [cell[-1] for cell in found["one"]] == ["*", "*"]
+        assert [cell[-1] for cell in found["other"]] == ["~", "~"]
+
+
 def test_seeds_are_compared_seed_by_seed(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {
         "first": [[1.0, 2.0, 3.0]],

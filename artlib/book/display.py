@@ -14,6 +14,7 @@ apart from it. What "cannot be told apart" means depends on what is known:
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -49,6 +50,7 @@ SOLVER_NAMES: Mapping[str, str] = MappingProxyType(
 """The solvers as the pages spell them, by the name that `artlib.sample` takes."""
 
 BEST, TIED = "*", "~"
+_ROUNDING = 1e-9  # relative
 """Marks in text; on a page the numbers are bold, and what is tied has a sign."""
 
 _SAME = "\N{ALMOST EQUAL TO}"
@@ -288,7 +290,13 @@ def _marks(
             }
             if len(rivals) < 2:
                 continue
-            first = min(rivals, key=lambda label: rivals[label][1])
+            least = min(middle for _, middle in rivals.values())
+            # Of what differs by rounding alone, each processor has another least one.
+            first = next(
+                label
+                for label, (_, middle) in rivals.items()
+                if math.isclose(middle, least, rel_tol=_ROUNDING)
+            )
             marks[first, column] = BEST
             for label, (value, _) in rivals.items():
                 if label == first:
