@@ -50,8 +50,9 @@ SOLVER_NAMES: Mapping[str, str] = MappingProxyType(
 """The solvers as the pages spell them, by the name that `artlib.sample` takes."""
 
 BEST, TIED = "*", "~"
-_ROUNDING = 1e-9  # relative
 """Marks in text; on a page the numbers are bold, and what is tied has a sign."""
+
+_ROUNDING = 1e-9  # relative
 
 _SAME = "\N{ALMOST EQUAL TO}"
 _GAP = "\N{EN DASH}"
