@@ -393,7 +393,7 @@ class _Search:
         few = self.learn.flow.rows(slice(len(x)), len(self.learn.x))
         label = f"ART for {kind.name} and {K} steps"
         self.schedules[label] = art(
-            few, x, solver=kind, steps=K, batch=self.learn.batch
+            few, x, solver=kind, steps=K, runs=0, batch=self.learn.batch
         )
         return [self.untold(label, kind)]
 

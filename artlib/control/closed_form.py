@@ -38,6 +38,7 @@ from ..schedules.constructors import Schedule
 from ..solvers.solver import SolverLike
 from .arriving_error import Weight, check_weight, measure_errors
 from .judged import POINTS, judged_art
+from .mixture import RUNS
 from .on_path import STENCIL
 from .stiffness import Average, ClockKind, StiffnessTable, check_process
 
@@ -160,11 +161,13 @@ def art(
     order: int | None = None,
     weight: Weight | Literal["auto"] = "auto",
     steps: int | Sequence[int] | None = None,
+    runs: int | None = None,
     points: int | None = None,
     method: str | None = None,
     probes: int = 8,
     seed: SeedLike = 0,
     batch: int | None = None,
+    progress: bool = False,
 ) -> Schedule:
     r"""The closed-form ART schedule of a flow.
 
@@ -174,7 +177,8 @@ def art(
     for the number of ``steps`` that is given, each half of the noise on what the other
     half taught, and the one is returned that is the least behind the best of them
     (`artlib.control.judged` has the details; ``provenance["density"]`` says which it
-    was). With a ``weight`` too, nothing is run: it is the solver's own error
+    was). With ``steps``, the best few are mixed, by exponents that further runs move.
+    With a ``weight`` too, nothing is run: it is the solver's own error
     :math:`|Q_p| h^{p+1}`, each counted by what of it arrives at the end, and the
     density is :math:`|Q_p|^{1/(p+1)}`, optimal as K grows (both ours, see
     `error_table`). At a few steps no list is good for every number of them: pass
@@ -193,6 +197,10 @@ def art(
             ``solver="euler"`` where no solver is given.
         steps: Number of steps, or several, that the densities are judged at; only with
             a ``solver`` alone.
+        runs: With ``steps``, runs of the solver at most that look for a mixture of the
+            best densities, see `artlib.control.mixture`; each costs the evaluations of
+            all ``steps``. By default `artlib.control.mixture.RUNS`, 60; 0 takes the
+            best of the densities as it is.
         points: Times of the table; by default 64, as in `stiffness_table`; 40 with a
             ``solver`` alone.
         method: Integrator of the reference paths, see `stiffness_table`; by default
@@ -205,6 +213,7 @@ def art(
         seed: See `error_table`.
         batch: Trajectories computed together, which bounds the memory; by default all.
             See `stiffness_table` and `error_table`.
+        progress: Whether to show a progress bar of the ``runs`` (on stderr).
 
     Returns:
         A `Schedule`; ``.grid(K)`` gives its timesteps for any K.
@@ -232,9 +241,16 @@ def art(
             f"steps: got {steps!r}, but nothing is run to judge; pass a solver, and no "
             "weight"
         )
+    if runs is not None and steps is None:
+        raise ValueError(
+            f"runs: got {runs!r} without numbers of steps; pass steps, which the runs "
+            "are made with"
+        )
     if judged:
         assert solver is not None
         numbers = None if steps is None else _numbers(steps)
+        usual = 0 if steps is None else RUNS
+        spent = usual if runs is None else positive_int(runs, "runs", minimum=0)
         x_T, count = _checked(flow, x_T, POINTS if points is None else points)
         return judged_art(
             flow,
@@ -242,9 +258,11 @@ def art(
             solver=solver,
             order=order,
             steps=numbers,
+            runs=spent,
             points=positive_int(count, "points", minimum=STENCIL),
             method="multistep" if method is None else method,
             batch=None if batch is None else positive_int(batch, "batch"),
+            progress=progress,
         )
     own: Any = "local" if automatic else weight
     check_weight(own)

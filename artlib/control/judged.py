@@ -20,7 +20,10 @@ can be told for little: a run of K steps is K evaluations. So
    grids that only the other half was asked for (cross-validation), so that all of it
    judges and none judges what it taught: a third held out, as before, does not see a
    tail of one path in fifty. The one is returned whose worst disadvantage to the best,
-   over these numbers of steps, is least, in rms times mean norm, made from all paths.
+   over these numbers of steps, is least, in rms times mean norm, made from all paths;
+5. with ``runs`` the best few are mixed, and further runs of both halves move the
+   exponents of the mixture (`artlib.control.mixture`). These runs tell apart what is
+   closer, so that all are judged by the ends of paths of `ENDS` times then.
 
 All of this is ours.
 """
@@ -28,9 +31,9 @@ All of this is ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +51,7 @@ from ..schedules.schedule import Schedule, describe_origin
 from ..solvers.solver import SOLVERS, Solver, SolverLike, solver_of
 from .arriving_error import arriving, dual_gains_at_nodes
 from .matched import Noise, Size
+from .mixture import Candidate, Mixture, best_mixture, coordinate_of, in_words
 from .on_path import path_errors
 from .solver_error import SolverErrors, at_times, measure, step_of
 from .stiffness import FINE, StiffnessTable
@@ -64,6 +68,10 @@ JUDGES = 128
 EVALUATIONS = (5, 10, 20)
 """Evaluations of the runs that judge, unless numbers of steps are given."""
 
+ENDS = 96
+"""Times of the paths whose ends judge mixtures, one evaluation each: the ends of
+`POINTS` times are off by a quarter of what the best solvers leave at twenty steps."""
+
 DUAL_STEPS = 20
 """Steps of the run whose error gives the direction of the dual weight."""
 
@@ -77,10 +85,6 @@ def steps_of(kind: Solver, evaluations: Sequence[int] = EVALUATIONS) -> tuple[in
     return tuple(sorted({max(2, -(-n // each)) for n in evaluations}))
 
 
-Candidate: TypeAlias = Callable[[Tensor], Tensor]
-"""Which paths may be asked [N], bool -> density [FINE], of mean one."""
-
-
 @full_precision()
 def judged_art(
     flow: ProbabilityFlow,
@@ -89,9 +93,11 @@ def judged_art(
     solver: SolverLike,
     order: int | None = None,
     steps: Sequence[int] | None = None,
+    runs: int = 0,
     points: int = POINTS,
     method: str = "multistep",
     batch: int | None = None,
+    progress: bool = False,
 ) -> Schedule:
     """The schedule of the module.
 
@@ -102,9 +108,11 @@ def judged_art(
         solver: The solver.
         order: p of a callable; None to measure it.
         steps: Numbers of steps that it is judged at; None for those of `EVALUATIONS`.
+        runs: Runs at most that move the exponents of a mixture; 0 for no mixture.
         points: Times of the reference paths.
         method: Their integrator.
         batch: Paths computed together; None for all.
+        progress: Whether to show a progress bar of these runs.
 
     Returns:
         The best candidate, with all their disadvantages in its provenance.
@@ -124,6 +132,8 @@ def judged_art(
         flow, lambda: paths() if known is None else iter(known), kind, order
     )
     numbers = steps_of(kind) if steps is None else tuple(sorted(set(steps)))
+    if runs:
+        ends = _fine_ends(counted, x_T, batch, counter)
     folds = _folds(counted, x_T.double(), ends, batch, counter)
     field = _Field(folds, solver, numbers)
     candidates |= _formulas(flow.process)
@@ -134,12 +144,22 @@ def judged_art(
     field.add(f"mean of {one} and {two}", _mean(candidates[one], candidates[two]))
     field.choose()
     best = field.ranked()[0]
+    chosen, label, more = field.candidates[best], best, dict[str, Any]()
+    if runs:
+        mixture = field.mixed(candidates, runs, progress)
+        chosen, label = mixture.candidate, in_words(mixture)
+        more = {
+            "mixed": list(mixture.labels),
+            "exponents": list(mixture.exponents),
+            "runs": mixture.runs,
+        }
     notes = {
         "method": "closed form, judged",
         "solver": kind.name,
         "steps": list(numbers),
         "disadvantage": {k: round(v, 4) for k, v in field.disadvantages().items()},
-        "density": best,
+        "density": label,
+        **more,
         "trajectories": n,
         "judges": sum(len(fold.noise.x) for fold in folds),
         "folds": len(folds),
@@ -147,7 +167,7 @@ def judged_art(
         "nfe": counter.nfe,
     }
     everyone = torch.ones(n, dtype=torch.bool)
-    schedule = _schedule(flow.process, field.candidates[best](everyone))
+    schedule = _schedule(flow.process, chosen(everyone))
     origin = describe_origin("closed form, judged", notes)
     return replace(schedule, name=f"ART ({kind.name})", _provenance=origin)
 
@@ -273,6 +293,17 @@ def _end(path: Trajectory) -> Tensor:
     return path.states[-1] - path.times[-1] * path.velocities[-1]
 
 
+def _fine_ends(
+    flow: ProbabilityFlow, x: Tensor, batch: int | None, counter: CountNFE
+) -> Tensor:
+    """Ends of the paths of all noises [N, *shape], over `ENDS` times."""
+    times = table_times(flow.process, ENDS)
+    ends = []
+    for part, (start,) in in_batches(flow, [x], batch, counter=counter):
+        ends.append(_end(part.trajectory(start, times, method="multistep")))
+    return torch.cat(ends)
+
+
 def _schedule(process: Process, density: Tensor) -> Schedule:
     times = table_times(process, FINE)
     return StiffnessTable(process, times, density[None]).art(exponent=1.0)
@@ -304,37 +335,63 @@ class _Field:
         self.folds, self.solver, self.steps = folds, solver, steps
         self.candidates: dict[str, Candidate] = {}
         self._first = steps[len(steps) // 2]
-        self._scores: dict[str, dict[int, float]] = {}
+        self._sizes: dict[str, dict[int, Size]] = {}
 
     def add(self, label: str, candidate: Candidate) -> None:
         """Run a candidate at the middle number of steps."""
-        self.candidates[label], self._scores[label] = candidate, {}
+        self.candidates[label], self._sizes[label] = candidate, {}
         self._run(label, self._first)
 
     def _run(self, label: str, K: int) -> None:
-        if K in self._scores[label]:
-            return
+        if K not in self._sizes[label]:
+            self._sizes[label][K] = self.run(self.candidates[label], K)
+
+    def run(self, candidate: Candidate, K: int) -> Size:
+        """Size of the errors of K steps of a density, each half's as it may ask."""
         counter = self.folds[0].noise.counter
         before, errors = counter.nfe, []
         for fold in self.folds:
             counter.nfe = before  # no sample is run twice
-            density = self.candidates[label](fold.asked)
-            grid = _schedule(fold.noise.flow.process, density).grid(K)
+            grid = _schedule(fold.noise.flow.process, candidate(fold.asked)).grid(K)
             errors.append(fold.noise.errors(grid, self.solver))
-        size = Size.of(np.concatenate(errors))
-        self._scores[label][K] = math.sqrt(size.rms * size.mean)
+        return Size.of(np.concatenate(errors))
+
+    def _score(self, label: str, K: int) -> float:
+        size = self._sizes[label][K]
+        return math.sqrt(size.rms * size.mean)
 
     def choose(self) -> None:
         """Run the best few, and the newest, at all numbers of steps."""
-        scores = self._scores
-        best = sorted(scores, key=lambda label: scores[label][self._first])
-        for label in {*best[:FINALISTS], list(scores)[-1]}:
+        labels = list(self._sizes)
+        best = sorted(labels, key=lambda label: self._score(label, self._first))
+        for label in {*best[:FINALISTS], labels[-1]}:
             for K in self.steps:
                 self._run(label, K)
 
+    def _finalists(self) -> list[str]:
+        """Labels of what has been run at all numbers of steps."""
+        return [k for k, row in self._sizes.items() if len(row) == len(self.steps)]
+
+    def mixed(
+        self, candidates: Mapping[str, Candidate], runs: int, progress: bool
+    ) -> Mixture:
+        """The best mixture of those finalists that are among some candidates."""
+        process = self.folds[0].noise.flow.process
+        several = {k: candidates[k] for k in self._finalists() if k in candidates}
+        return best_mixture(
+            several,
+            {k: [self._sizes[k][K] for K in self.steps] for k in several},
+            lambda candidate: [self.run(candidate, K) for K in self.steps],
+            coordinate_of(process, table_times(process, FINE)),
+            runs=runs,
+            progress=progress,
+        )
+
     def disadvantages(self) -> dict[str, float]:
         """The largest ratio of its error to the least one there, by finalist."""
-        done = {k: v for k, v in self._scores.items() if len(v) == len(self.steps)}
+        done = {
+            k: {K: self._score(k, K) for K in self.steps} for k in self._finalists()
+        }
         least = {K: min(row[K] for row in done.values()) for K in self.steps}
         return {
             label: min(max(row[K] / max(least[K], 1e-300) for K in self.steps), 1e30)
