@@ -12,10 +12,10 @@ with more steps at one end or in the middle. Six numbers are too few to learn no
 heart, whatever the number of steps, and need no gradient: Nelder and Mead's method
 moves them, and a run of K steps is K evaluations.
 
-What is least is the worst of all measures, in units of the least of any candidate, and
-half of their mean (in logarithms). The measures, at each number of steps, are the
-median of the norms and the root mean square: a few paths that end elsewhere make the
-one and not the other, and a schedule that is good by one of them alone is not good.
+What is least is the worst of all measures, each in units of the least of any candidate.
+The measures, at each number of steps, are the median of the norms and their root mean
+square: a few paths that end elsewhere make the one and not the other, and a schedule
+that is good by one of them alone is not good.
 
 All of this is ours.
 """
@@ -69,7 +69,7 @@ class Mixture:
 
 
 class Judge:
-    """The worst of all measures, and half their mean, in units of the least ones.
+    """The worst of all measures, in units of the least ones.
 
     Args:
         candidates: Sizes of errors of each candidate, one for each number of steps.
@@ -86,12 +86,12 @@ class Judge:
         return [size.rms for size in sizes] + [size.median for size in sizes]
 
     def score(self, sizes: Sequence[Size]) -> float:
-        """Log of a candidate's disadvantage, in all measures."""
+        """Log of a candidate's disadvantage, negative where it is ahead in all."""
         found = np.array(self._measures(sizes))
         if not np.isfinite(found).all():
             return _HOPELESS
         logs = np.log((found + self._floor) / (self._least + self._floor))
-        return min(float(logs.max() + logs.mean() / 2), _HOPELESS)
+        return min(float(logs.max()), _HOPELESS)
 
 
 def mixed(
