@@ -5,13 +5,14 @@ network and from budget to budget, and none of the rules wins everywhere. So the
 all tried, cheaply and from the same noise:
 
 1. every solver on every untrained schedule, a run each;
-2. the solver of the best pair on ART's schedule for that solver and that number of
-   steps too (`artlib.art` with ``solver`` and ``steps``);
-3. these told the levels of the two-number rule (`artlib.tell`);
-4. the best few pairs refined, nodes and levels, by gradient (`artlib.refine`), within a
-   budget of evaluations or of seconds;
-5. all that is left judged on noise that nothing so far has seen, by rms times mean
-   norm, with paired bootstrap intervals of the winner's lead in rms and median.
+2. the solvers of the best few pairs on ART's schedule for that solver and that number
+   of steps too (`artlib.art` with ``solver`` and ``steps``);
+3. all these told the levels of the two-number rule (`artlib.tell`);
+4. for each of these solvers the better of its two schedules refined, nodes and levels,
+   by gradient (`artlib.refine`), within a budget of evaluations or of seconds;
+5. all that is left judged on noise that nothing so far has seen, by the worse of rms
+   and median (each in units of the least there), with paired bootstrap intervals of the
+   winner's lead in both.
 
 All of this is ours.
 """
@@ -46,6 +47,7 @@ from .control.matched import (
     halves,
     matched_noise,
 )
+from .control.mixture import Judge
 from .control.stiffness import check_process
 from .control.told import calibrated_levels
 from .flow.flow import ProbabilityFlow, check_flow
@@ -72,9 +74,16 @@ LEARNING_PATHS = 32
 """Paths of the closed form, at most."""
 
 FINALISTS = 3
-"""Pairs that are told levels and refined."""
+"""Solvers whose best pair is told levels and refined."""
 
-_REVISION = 2
+MIXTURE_RUNS = 30
+"""Runs for the mixture of a solver's schedule: half of the default, for nodes are
+refined from there."""
+
+MOVING_HELD_OUT = 1 / 3
+"""Share of the noise to learn from that judges refinements."""
+
+_REVISION = 3
 """Of the search: what an earlier one found is not taken for what this one would."""
 
 
@@ -140,8 +149,8 @@ def tune(
         schedules: Label -> schedule to try them on, and no other; by default ART in
             closed form, with the exponents 1/2 and 2/3, and for DPM-Solver++(2M) (with
             dual weights where the network passes a gradient), KL-optimal, EDM and
-            log-SNR (both unpinned), and for the best solver ART for that solver and
-            that number of steps.
+            log-SNR (both unpinned), and for the best few solvers ART for that solver
+            and that number of steps.
         seconds: Time for refining, all numbers together; by default no limit. It is
             looked at between refinements, and what has been found by then is judged.
         evaluations: Evaluations of a batch that one refinement may spend; by default
@@ -333,13 +342,13 @@ class _Search:
         self.schedules, self.nfe, self.limit = dict(schedules), nfe, limit
         self.evaluations = evaluations or 300 * nfe
         self.broken = 0  # refinements that ended on NaN or infinity
-        self.matching = matching  # whether the best solver gets a schedule of its own
+        self.matching = matching  # whether the best solvers get schedules of their own
         self.kinds = [k for k in kinds if _steps(k.evaluations, nfe)]
 
     def run(self, *, progress: bool) -> Plan:
         pairs = [(label, k) for k in self.kinds for label in self.schedules]
         bar = tqdm(
-            total=len(pairs) + 2 * FINALISTS + 2 * self.matching,
+            total=len(pairs) + (2 + 2 * self.matching) * FINALISTS,
             desc=f"tune, {self.nfe} evaluations",
             disable=not progress,
         )
@@ -355,16 +364,18 @@ class _Search:
                     "or infinity, with every solver and schedule; check the denoiser"
                 )
             finalists = self.first(tried)
-            if self.matching:
+            starts = []
+            for candidate in list(finalists):
                 # It was chosen by this noise: only the held-out one can compare it.
-                made = self.matched(solver_of(finalists[0].plan.solver))
+                made = self.matched(candidate)
                 finalists, tried = finalists + made, tried + made
-                bar.update(2)
+                starts.append(min([candidate, *made], key=lambda c: c.score))
+                bar.update(self.matching)
             for candidate in list(finalists):
                 told = self.told(candidate)
                 finalists += [] if told is None else [told]
                 bar.update()
-            for candidate in list(finalists[:FINALISTS]):
+            for candidate in starts:
                 refined = self.refined(candidate)
                 finalists += [] if refined is None else [refined]
                 bar.update()
@@ -384,16 +395,24 @@ class _Search:
         )
         return _Candidate(plan, self.learn.size(nodes, kind))
 
-    def matched(self, kind: Any) -> list[_Candidate]:
-        """A solver on ART's schedule for it and its steps; none if two are too few."""
-        K = _steps(kind.evaluations, self.nfe)
-        if K < 2:
+    def matched(self, pair: _Candidate) -> list[_Candidate]:
+        """A pair's solver on ART's schedule for it and its steps, if there is one.
+
+        There is none for a single step, nor where schedules were given.
+        """
+        kind, K = solver_of(pair.plan.solver), pair.plan.steps
+        if K < 2 or not self.matching:
             return []
-        x = self.learn.x[:LEARNING_PATHS]
-        few = self.learn.flow.rows(slice(len(x)), len(self.learn.x))
         label = f"ART for {kind.name} and {K} steps"
+        # What will judge its refinement must not have taught the start.
+        moving, _ = halves(self.learn, MOVING_HELD_OUT)
         self.schedules[label] = art(
-            few, x, solver=kind, steps=K, runs=0, batch=self.learn.batch
+            moving.flow,
+            moving.x,
+            solver=kind,
+            steps=K,
+            runs=MIXTURE_RUNS,
+            batch=self.learn.batch,
         )
         return [self.untold(label, kind)]
 
@@ -449,6 +468,7 @@ class _Search:
                     told=kind.tellable,
                     evaluations=self.evaluations,
                     reference=self.learn.ends,
+                    held_out_share=MOVING_HELD_OUT,
                     batch=self.learn.batch,
                 )
             except ValueError:  # a refinement that diverges loses nothing
@@ -483,7 +503,8 @@ class _Search:
             told = None if c.plan.is_honest else c.plan.told
             errors = self.judge.errors(c.plan.nodes, c.plan.solver, told)
             rows.append((Size.of(errors), errors, c.plan))
-        rows.sort(key=lambda row: row[0].rms * row[0].mean)
+        judge = Judge([[row[0]] for row in rows])
+        rows.sort(key=lambda row: judge.score([row[0]]))
         size, errors, best = rows[0]
         finite = math.isfinite(size.mean)
         if finite:
