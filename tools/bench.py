@@ -229,6 +229,9 @@ def bench_rivals() -> None:
 
     ways: dict[str, Callable[[], object]] = {
         "closed form": lambda: artlib.art(flow, x_T).grid(8),
+        "mixture for 2M": lambda: artlib.art(
+            flow, x_T, solver="dpmpp_2m", steps=8
+        ).grid(8),
         "GITS": jumps,
         "LD3": lambda: artlib.rivals.trained_plan(flow, x_T, 8),
     }
