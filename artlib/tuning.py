@@ -10,9 +10,8 @@ all tried, cheaply and from the same noise:
 3. all these told the levels of the two-number rule (`artlib.tell`);
 4. for each of these solvers the better of its two schedules refined, nodes and levels,
    by gradient (`artlib.refine`), within a budget of evaluations or of seconds;
-5. all that is left judged on noise that nothing so far has seen, by the worse of rms
-   and median (each in units of the least there), with paired bootstrap intervals of the
-   winner's lead in both.
+5. all that is left judged on noise that nothing so far has seen, by rms times median,
+   with paired bootstrap intervals of the winner's lead in both.
 
 All of this is ours.
 """
@@ -47,7 +46,6 @@ from .control.matched import (
     halves,
     matched_noise,
 )
-from .control.mixture import Judge
 from .control.stiffness import check_process
 from .control.told import calibrated_levels
 from .flow.flow import ProbabilityFlow, check_flow
@@ -503,8 +501,7 @@ class _Search:
             told = None if c.plan.is_honest else c.plan.told
             errors = self.judge.errors(c.plan.nodes, c.plan.solver, told)
             rows.append((Size.of(errors), errors, c.plan))
-        judge = Judge([[row[0]] for row in rows])
-        rows.sort(key=lambda row: judge.score([row[0]]))
+        rows.sort(key=lambda row: row[0].rms * row[0].median)
         size, errors, best = rows[0]
         finite = math.isfinite(size.mean)
         if finite:
