@@ -149,8 +149,9 @@ def tune(
             dual weights where the network passes a gradient), KL-optimal, EDM and
             log-SNR (both unpinned), and for the best few solvers ART for that solver
             and that number of steps.
-        seconds: Time for refining, all numbers together; by default no limit. It is
-            looked at between refinements, and what has been found by then is judged.
+        seconds: Time for the solvers' own lists and for refining, all numbers together;
+            by default no limit. It is looked at before each of them, and what has been
+            found by then is judged.
         evaluations: Evaluations of a batch that one refinement may spend; by default
             300 runs.
         reference: Accurate x_0 of the same ``x_T``; by default integrated here.
@@ -396,10 +397,10 @@ class _Search:
     def matched(self, pair: _Candidate) -> list[_Candidate]:
         """A pair's solver on ART's schedule for it and its steps, if there is one.
 
-        There is none for a single step, nor where schedules were given.
+        There is none for a single step, where schedules were given, or after the time.
         """
         kind, K = solver_of(pair.plan.solver), pair.plan.steps
-        if K < 2 or not self.matching:
+        if K < 2 or not self.matching or time.monotonic() > self.limit:
             return []
         label = f"ART for {kind.name} and {K} steps"
         # What will judge its refinement must not have taught the start.

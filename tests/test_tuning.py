@@ -117,6 +117,8 @@ def test_no_time_is_enough_for_what_is_untrained() -> None:
     plan = artlib.tune(flow, x, nfe=4, schedules=SCHEDULES, seconds=1e-6)
     assert plan.nfe == 4
     assert "refined" not in plan.name
+    usual = artlib.tune(flow, x, nfe=4, solvers=("dpmpp_2m",), seconds=1e-6)
+    assert len(usual.provenance["tried"]) == 6  # no list of the solver's own
 
 
 def test_a_refinement_that_diverges_loses_nothing(

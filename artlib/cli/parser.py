@@ -231,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_samples(one, 96, "noises, half of them held out")
     one.add_argument("--batch", type=_count, help="noises computed together (all)")
     one.add_argument(
-        "--seconds", type=float, help="no refinement begins after so long (no limit)"
+        "--seconds", type=float, help="no list or refinement begins later (no limit)"
     )
     one.add_argument(
         "--evaluations",
