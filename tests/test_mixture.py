@@ -101,7 +101,9 @@ def test_rounding_is_not_told_apart_and_infinity_is_hopeless() -> None:
     assert judge.score([Size(1.0, 1, 0.0)]) < 0.01
     exact = Judge([[Size(0.0, 0, 0.0)]])
     assert exact.score([Size(0.0, 0, 0.0)]) == pytest.approx(0)
-    assert judge.score([Size(math.inf, math.inf, math.inf)]) == 100
+    lost = Size(math.inf, math.inf, math.inf)
+    assert judge.score([lost]) == 100
+    assert Judge([[lost], [lost]]).score([Size(1.0, 1, 1.0)]) < -60
 
 
 def distance(candidate: Candidate, goal: Candidate) -> float:

@@ -47,6 +47,7 @@ Candidate: TypeAlias = Callable[[Tensor], Tensor]
 _LEAST = 1e-6  # of the mean density, so that a clock moves everywhere
 _EQUAL = 1e-6  # of the root mean square: a median below it is rounding
 _HOPELESS = 100.0  # of a mixture whose run is not finite
+_DIVERGED = 1e30  # an error, where that of every candidate is infinite
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Judge:
 
     def __init__(self, candidates: Sequence[Sequence[Size]]) -> None:
         rows = np.array([self._measures(sizes) for sizes in candidates])
-        self._least = rows.min(axis=0)
+        self._least = rows.min(axis=0).clip(max=_DIVERGED)
         roots = self._least[: len(self._least) // 2]
         self._floor = np.tile(_EQUAL * roots + 1e-300, 2)
 
